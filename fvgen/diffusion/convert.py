@@ -1,0 +1,25 @@
+"""A ViewCrafter checkpoint file to a teacher's model bundle."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from fvgen.models.bundle import ModelBundle
+from fvgen.models.checkpoint import convert_reference, read_reference_checkpoint
+from fvgen.models.spec import ModelSpec
+
+from .schedule import check_buffers
+
+
+def convert_checkpoint(path: str | os.PathLike[str], spec: ModelSpec) -> ModelBundle:
+    """Read, check against the schedule that is going to be used, convert; the index gets the teacher's sampling defaults.
+
+    Raises:
+        UserError: the file is no such checkpoint, or belongs to another preset.
+    """
+    state = read_reference_checkpoint(path)
+    check_buffers(state, spec.index.base_scale)
+    bundle = convert_reference(state, spec)
+    bundle.index = replace(bundle.index, sampler="ddim", steps=50, guidance_scale=7.5, guidance_rescale=0.7, eta=1.0)
+    return bundle

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fvgen.diffusion.convert import convert_checkpoint
+from fvgen.diffusion.schedule import NoiseSchedule, check_buffers, reference_buffers
+from fvgen.models.bundle import ModelBundle, build_component, read_index
+from fvgen.models.checkpoint import convert_reference, read_reference_checkpoint
+from fvgen.models.clip import ClipTextTower
+from fvgen.models.key_map import KEY_MAPS, PREFIXES, ignored_reason
+from fvgen.models.spec import COMPONENTS, ModelSpec
+from fvgen.recipes.presets import PRESETS, get_preset
+from fvgen.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    """The tiny preset, made smaller still."""
+    tiny = get_preset("tiny")
+    return replace(
+        tiny,
+        unet={**tiny.unet, "model_channels": 32},
+        vae={**tiny.vae, "block_out_channels": (16, 16)},
+        text_encoder={"vocab_size": 49408, "width": 64, "layers": 2, "heads": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(spec: ModelSpec) -> ModelBundle:
+    return ModelBundle.random(spec, seed=0)
+
+
+def _states(bundle: ModelBundle) -> dict[str, torch.Tensor]:
+    states = {f"{n}.{k}": v for n in COMPONENTS for k, v in getattr(bundle, n).state_dict().items()}
+    return states | {"prompt": bundle.prompt, "empty": bundle.empty}
+
+
+def test_seed(spec: ModelSpec, bundle: ModelBundle) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    again, other = ModelBundle.random(spec, seed=0), ModelBundle.random(spec, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(_states(bundle).values(), _states(again).values(), strict=True))
+    assert not torch.equal(bundle.unet.conv_in.weight, other.unet.conv_in.weight)
+
+
+def test_round_trip(bundle: ModelBundle, tmp_path: Path) -> None:
+    bundle.save_pretrained(tmp_path / "model")
+    loaded = ModelBundle.from_pretrained(tmp_path / "model")
+    assert loaded.index == bundle.index
+    expected, actual = _states(bundle), _states(loaded)
+    assert set(expected) == set(actual)
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    assert not loaded.unet.training
+    assert loaded.unet.config.channel_mult is not None
+    context = torch.cat([loaded.prompt[None], torch.randn(1, 32, 64)], dim=1)
+    x = torch.randn(1, 16, 2, 4, 4)
+    assert torch.equal(loaded.unet(x, torch.tensor([9]), context), bundle.unet(x, torch.tensor([9]), context))
+
+
+def test_half_precision_file_and_replacement(bundle: ModelBundle, tmp_path: Path) -> None:
+    bundle.save_pretrained(tmp_path / "model")
+    bundle.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    assert bundle.unet.dtype == torch.float32
+    loaded = ModelBundle.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert loaded.unet.dtype == loaded.prompt.dtype == torch.bfloat16
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_write_leaves_the_old_model(bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle.save_pretrained(tmp_path / "model")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        bundle.save_pretrained(tmp_path / "model")
+    ModelBundle.from_pretrained(tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "prompt.safetensors"])
+def test_missing_part(bundle: ModelBundle, tmp_path: Path, part: str) -> None:
+    bundle.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / part).unlink()
+    with pytest.raises(UserError, match=part):
+        ModelBundle.from_pretrained(tmp_path / "model")
+
+
+def test_wrong_weights_and_kinds(bundle: ModelBundle, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        read_index(tmp_path)
+    root = tmp_path / "model"
+    bundle.save_pretrained(root)
+    save_file({"a": torch.zeros(1)}, root / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="the unet in"):
+        ModelBundle.from_pretrained(root)
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(UserError, match="StableDiffusionPipeline"):
+        ModelBundle.from_pretrained(root)
+    (root / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_index(root)
+    (root / "model_index.json").write_text(json.dumps({"kind": "fvgen"}))
+    with pytest.raises(UserError, match="lacks preset"):
+        read_index(root)
+
+
+def test_other_directories_are_not_overwritten(bundle: ModelBundle, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_text("x")
+    with pytest.raises(UserError, match="will not be overwritten"):
+        bundle.save_pretrained(tmp_path)
+    assert (tmp_path / "photo.jpg").exists()
+
+
+def _reference_state(spec: ModelSpec, bundle: ModelBundle) -> dict[str, torch.Tensor]:
+    """A checkpoint in the reference layout, made from a bundle by the key maps alone."""
+    modules = {name: getattr(bundle, name) for name in COMPONENTS} | {"text_encoder": ClipTextTower(**spec.text_encoder)}
+    state = {}
+    for name, module in modules.items():
+        weights = module.state_dict()
+        for ours, theirs in KEY_MAPS[name](module).items():
+            value = weights[ours]
+            is_kernel = name == "vae" and "attentions" in ours and value.ndim == 2
+            state[PREFIXES[name] + theirs] = value[:, :, None, None] if is_kernel else value
+    state |= reference_buffers(NoiseSchedule.create(spec.index.base_scale), spec.index.base_scale)
+    state[PREFIXES["image_encoder"] + "visual.proj"] = torch.zeros(1)
+    state[PREFIXES["text_encoder"] + "transformer.resblocks.1.ln_1.weight"] = torch.zeros(64)
+    return state
+
+
+@pytest.mark.parametrize("layout", ["state_dict", "module", "safetensors"])
+def test_checkpoint_conversion(spec: ModelSpec, bundle: ModelBundle, tmp_path: Path, layout: str) -> None:
+    state = _reference_state(spec, bundle)
+    if layout == "safetensors":
+        path = tmp_path / "model.safetensors"
+        save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
+    else:
+        path = tmp_path / "model.ckpt"
+        renamed = {k.replace("fps_embedding", "framestride_embed"): v for k, v in state.items()}
+        torch.save({layout: {("_forward_module." if layout == "module" else "") + k: v for k, v in renamed.items()}}, path)
+    read = read_reference_checkpoint(path)
+    assert set(read) == set(state)
+    converted = convert_checkpoint(path, spec)
+    assert (converted.index.sampler, converted.index.steps, converted.index.guidance_scale) == ("ddim", 50, 7.5)
+    for name in COMPONENTS:
+        ours, theirs = getattr(bundle, name).state_dict(), getattr(converted, name).state_dict()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert converted.prompt.shape == (77, 64)
+    assert not torch.equal(converted.prompt, converted.empty)
+
+
+def test_checkpoint_that_does_not_fit(spec: ModelSpec, bundle: ModelBundle, tmp_path: Path) -> None:
+    state = _reference_state(spec, bundle)
+    lacking = {k: v for k, v in state.items() if k != "model.diffusion_model.out.2.bias"}
+    with pytest.raises(UserError, match=r"1 missing, such as model\.diffusion_model\.out\.2\.bias"):
+        convert_reference(lacking, spec)
+    with pytest.raises(UserError, match=r"1 unknown, such as extra\.weight"):
+        convert_reference(state | {"extra.weight": torch.zeros(1)}, spec)
+    with pytest.raises(UserError, match="has shape"):
+        convert_reference(state | {"model.diffusion_model.out.2.bias": torch.zeros(3)}, spec)
+    with pytest.raises(UserError, match="differs in scale_arr"):
+        check_buffers(state, 0.3)
+    with pytest.raises(UserError, match="no checkpoint file"):
+        read_reference_checkpoint(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_weight_has_one_reference_name(preset: str) -> None:
+    spec = get_preset(preset)
+    with torch.device("meta"):
+        modules = {name: build_component(name, getattr(spec, name)) for name in COMPONENTS}
+        modules["text_encoder"] = ClipTextTower(**spec.text_encoder)
+    blocks, names = len(modules["text_encoder"].blocks), []
+    for name, module in modules.items():
+        key_map = KEY_MAPS[name](module)
+        assert set(key_map) == set(module.state_dict())
+        names += [PREFIXES[name] + theirs for theirs in key_map.values()]
+    assert len(names) == len(set(names))
+    assert not [n for n in names if ignored_reason(n, blocks)]
+
+
+def test_tiny_fits_in_twelve_megabytes() -> None:
+    spec = get_preset("tiny")
+    with torch.device("meta"):
+        total = sum(sum(p.numel() for p in build_component(n, getattr(spec, n)).parameters()) for n in COMPONENTS)
+    assert total <= 6_000_000 - 2 * 77 * 64
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(UserError, match="viewcrafter_512"):
+        get_preset("huge")
+
+
+def test_sizes() -> None:
+    assert get_preset("tiny").index.sizes() == [(160, 256), (256, 160)]
+    assert get_preset("viewcrafter_512").index.sizes() == [(320, 512)]
