@@ -244,7 +244,7 @@ class FVGenPipeline:
 
 
 def choose_device(name: str) -> str:
-    """"auto" resolved; a device that is not there is a UserError."""
+    """ "auto" resolved; a device that is not there is a UserError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):

@@ -17,7 +17,7 @@ struct RasterCloud {
   int views;             // V
   int count;             // P, points per view; V * P < 2^31
   int height, width;     // pixels
-  float radius;          // disc radius, NDC units
+  double radius;         // disc radius, NDC units
 };
 
 struct RasterFragments {
@@ -46,7 +46,7 @@ cudaError_t raster_render(const RasterCloud&, const RasterBlend&, const RasterFr
                           void* workspace, size_t bytes, cudaStream_t);
 
 // idx and dists2 are read; image [V, H, W, C] is written.
-cudaError_t raster_composite(const int32_t* idx, const float* dists2, int64_t pixels, int slots, const RasterBlend&, float radius,
+cudaError_t raster_composite(const int32_t* idx, const float* dists2, int64_t pixels, int slots, const RasterBlend&, double radius,
                              float* image, cudaStream_t);
 
 // Every gradient buffer below that is scattered into (points, features) must be zeroed by the caller; sums are atomic.
@@ -55,7 +55,7 @@ cudaError_t raster_fragments_backward(const RasterCloud&, const int32_t* idx, in
 
 // grad_dists2 [V, H, W, K] is overwritten, grad_features [rows, C] is added to.
 cudaError_t raster_composite_backward(const float* grad_image, const int32_t* idx, const float* dists2, int64_t pixels, int slots,
-                                      const RasterBlend&, float radius, float* grad_dists2, float* grad_features, cudaStream_t);
+                                      const RasterBlend&, double radius, float* grad_dists2, float* grad_features, cudaStream_t);
 
 // grad_points [P, 3] in world units and grad_features [P, C] are added to; points whose 1/depth is not finite get nothing.
 cudaError_t raster_render_backward(const RasterCloud&, const RasterBlend&, const float* grad_image, const float* grad_depth,

@@ -57,9 +57,10 @@ __global__ void __launch_bounds__(kThreads) blend_backward_kernel(BackwardParams
   const int first = kPoints ? v * p.cloud.count : 0;
   const int32_t* idx = p.idx + pixel * slots;
   const float* g = p.grad_image + pixel * channels;
-  const float inverse = 1.0f / p.grid.radius2;
+  const float inverse = 1.0f / p.grid.weight_radius2;
 
-  float transmittance = 1.0f, total = 0.0f, weighted = 0.0f;
+  float transmittance = 1.0f;
+  double total = 0.0, weighted = 0.0;  // their products nearly cancel where one slot holds all the weight
   int used = 0;
   for (; used < slots && idx[used] >= 0; ++used) {  // empty slots are at the end
     const int k = used, i = idx[k] - first;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) blend_backward_kernel(BackwardParams
     } else {
       d2 = p.dists2[pixel * slots + k];
     }
-    const float w = 1.0f - d2 * inverse;
+    const float w = slot_weight(d2, p.grid.weight_radius2, inverse);
     const float* f = p.blend.features + int64_t(i % p.blend.rows) * channels;
     float dot = 0.0f;
     for (int c = 0; c < channels; ++c) dot += g[c] * __ldg(f + c);
@@ -79,10 +80,9 @@ __global__ void __launch_bounds__(kThreads) blend_backward_kernel(BackwardParams
     dot_k[k * kThreads] = dot;
     transmittance *= 1.0f - w;
     total += w;
-    weighted += w * dot;
+    weighted += double(w) * dot;
   }
-  total = fmaxf(total, 1e-4f);
-  const float inverse_total = 1.0f / total;
+  total = fmax(total, 1e-4);
 
   float behind = 0.0f;  // colour behind slot k as seen from k: sum over j > k of w_j dot_j prod of (1 - w) between them
   for (int k = used - 1; k >= 0; --k) {
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads) blend_backward_kernel(BackwardParams
     const float w = w_k[k * kThreads], t = t_k[k * kThreads], dot = dot_k[k * kThreads];
     float grad_w, share;
     if (p.blend.norm) {
-      share = w * inverse_total;
-      grad_w = (dot * total - weighted) * inverse_total * inverse_total;
+      share = float(w / total);
+      grad_w = float((dot * total - weighted) / (total * total));
     } else {
       share = w * t;
       grad_w = t * (dot - (1.0f - w) * behind / (1.0f - w + 1e-9f));
@@ -155,10 +155,10 @@ cudaError_t raster_fragments_backward(const RasterCloud& cloud, const int32_t* i
 }
 
 cudaError_t raster_composite_backward(const float* grad_image, const int32_t* idx, const float* dists2, int64_t pixels, int slots,
-                                      const RasterBlend& blend, float radius, float* grad_dists2, float* grad_features,
+                                      const RasterBlend& blend, double radius, float* grad_dists2, float* grad_features,
                                       cudaStream_t stream) {
   BackwardParams p{};
-  p.grid.radius2 = radius * radius;
+  p.grid.weight_radius2 = float(radius * radius);
   p.blend = blend;
   p.idx = idx;
   p.dists2 = dists2;

@@ -11,17 +11,19 @@ constexpr float kSlack = 0.01f;  // pixels; covers the rounding of a point's pix
 struct Grid {
   float extent_x, extent_y;  // NDC length of the two sides
   float scale;               // pixels per NDC unit
-  float radius2;             // NDC units squared
+  float radius2;             // NDC units squared, for hits
+  float weight_radius2;      // the same, for weights: rounded once, after squaring
   float reach;               // pixels; no hit is farther away
 };
 
-inline Grid make_grid(int height, int width, float radius) {
+inline Grid make_grid(int height, int width, double radius) {
   Grid g;
   g.extent_x = width > height ? (float(width) * 2.0f) / float(height) : 2.0f;
   g.extent_y = height > width ? (float(height) * 2.0f) / float(width) : 2.0f;
   g.scale = 0.5f * float(height < width ? height : width);
-  g.radius2 = radius * radius;
-  g.reach = radius * g.scale + kSlack;
+  g.radius2 = float(radius) * float(radius);
+  g.weight_radius2 = float(radius * radius);
+  g.reach = float(radius) * g.scale + kSlack;
   return g;
 }
 
@@ -33,6 +35,13 @@ __device__ __forceinline__ float pixel_center(int i, int n, float extent) {
 __device__ __forceinline__ float squared_distance(float xf, float yf, float x, float y) {
   const float dx = __fsub_rn(xf, x), dy = __fsub_rn(yf, y);
   return __fadd_rn(__fmul_rn(dx, dx), __fmul_rn(dy, dy));
+}
+
+// 1 - d2 / r2 with the quotient correctly rounded, as in the reference: a weight near 0 would show any other rounding. One Newton
+// step on d2 * (1 / r2) is enough (Markstein 1990) and needs no slow path as a division does.
+__device__ __forceinline__ float slot_weight(float d2, float r2, float inverse) {
+  const float q = __fmul_rn(d2, inverse);
+  return __fsub_rn(1.0f, __fmaf_rn(__fmaf_rn(-q, r2, d2), inverse, q));
 }
 
 __device__ __forceinline__ float dot3(const float* m, float x, float y, float z, float t) {

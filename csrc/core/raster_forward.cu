@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) raster_kernel(ForwardParams p) {
   if (!inside) return;
 
   const int64_t pixel = (int64_t(v) * height + row) * width + col;
-  const float inverse = 1.0f / p.grid.radius2;
+  const float inverse = 1.0f / p.grid.weight_radius2;
   float transmittance = 1.0f, total = 0.0f;
   const bool empty = nearest.key[0] == kEmpty;
   const float depth = empty ? 0.0f : __uint_as_float(unsigned(nearest.key[0] >> 32));
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) raster_kernel(ForwardParams p) {
     if (hit && k < p.out.slots) {
       const float3 at = load_ndc<kWorld>(p.cloud, v, i);
       d2 = squared_distance(xf, yf, at.x, at.y);
-      const float w = 1.0f - d2 * inverse;
+      const float w = slot_weight(d2, p.grid.weight_radius2, inverse);
       share = w * transmittance;
       transmittance *= 1.0f - w;
       if (p.blend.norm) share = w;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) composite_kernel(const int32_t* idx,
     float transmittance = 1.0f, total = 0.0f;
     for (int k = 0; k < slots; ++k) {
       if (idx[k] < 0) continue;
-      const float w = 1.0f - dists2[k] * inverse;
+      const float w = slot_weight(dists2[k], radius2, inverse);
       const float share = blend.norm ? w : w * transmittance;
       transmittance *= 1.0f - w;
       total += w;
@@ -264,10 +264,10 @@ cudaError_t raster_render(const RasterCloud& cloud, const RasterBlend& blend, co
 }
 
 cudaError_t raster_composite(const int32_t* idx, const float* dists2, int64_t pixels, int slots, const RasterBlend& blend,
-                             float radius, float* image, cudaStream_t stream) {
+                             double radius, float* image, cudaStream_t stream) {
   if (pixels == 0) return cudaSuccess;
   const unsigned blocks = unsigned((pixels + kThreads - 1) / kThreads);
-  composite_kernel<<<blocks, kThreads, 0, stream>>>(idx, dists2, pixels, slots, blend, radius * radius, image);
+  composite_kernel<<<blocks, kThreads, 0, stream>>>(idx, dists2, pixels, slots, blend, float(radius * radius), image);
   return cudaGetLastError();
 }
 

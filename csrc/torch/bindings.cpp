@@ -65,7 +65,7 @@ fvgen::RasterCloud ndc_cloud(const Tensor& points, const Tensor& images, double 
   cloud.count = narrow(points.size(1), "P");
   cloud.height = narrow(images.size(1), "H");
   cloud.width = narrow(images.size(2), "W");
-  cloud.radius = float(radius);
+  cloud.radius = radius;
   return cloud;
 }
 
@@ -79,7 +79,7 @@ fvgen::RasterCloud world_cloud(const Tensor& points, const Tensor& cameras, cons
   cloud.count = narrow(points.size(0), "P");
   cloud.height = narrow(images.size(1), "H");
   cloud.width = narrow(images.size(2), "W");
-  cloud.radius = float(radius);
+  cloud.radius = radius;
   return cloud;
 }
 
@@ -136,7 +136,7 @@ void composite(Tensor idx, Tensor dists2, Tensor features, std::optional<Tensor>
                Tensor image) {
   check_fragments(dists2, idx, "dists2");
   check_launch(fvgen::raster_composite(ints(idx, "idx", 4), floats(dists2, "dists2", 4), idx.size(0) * idx.size(1) * idx.size(2),
-                                       narrow(idx.size(3), "K"), make_blend(features, background, image, norm), float(radius),
+                                       narrow(idx.size(3), "K"), make_blend(features, background, image, norm), radius,
                                        out_floats(image, "image", 4), current_stream(idx)),
                "raster_composite");
 }
@@ -157,7 +157,7 @@ void composite_backward(Tensor grad_image, Tensor idx, Tensor dists2, Tensor fea
   check_launch(
       fvgen::raster_composite_backward(floats(grad_image, "grad_image", 4), ints(idx, "idx", 4), floats(dists2, "dists2", 4),
                                        idx.size(0) * idx.size(1) * idx.size(2), narrow(idx.size(3), "K"),
-                                       make_blend(features, std::nullopt, grad_image, norm), float(radius),
+                                       make_blend(features, std::nullopt, grad_image, norm), radius,
                                        out_floats(grad_dists2, "grad_dists2", 4), out_floats(grad_features, "grad_features", 2),
                                        current_stream(idx)),
       "raster_composite_backward");

@@ -24,7 +24,7 @@ class ModelIndex:
         steps, guidance_scale, guidance_rescale, eta: sampling defaults.
         fps: frame rate handed to the network.
         portrait: whether the network was also trained with height and width exchanged.
-        render_mode: how the renders it was trained on were made.
+        compositor: how the renders it was trained on were blended, "alpha" or "norm".
     """
 
     preset: str
@@ -40,7 +40,7 @@ class ModelIndex:
     eta: float = 1.0
     fps: int = 10
     portrait: bool = False
-    render_mode: str = "points"
+    compositor: str = "alpha"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

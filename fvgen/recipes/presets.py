@@ -21,7 +21,7 @@ def viewcrafter_1024() -> ModelSpec:
 def tiny() -> ModelSpec:
     """160 x 256 pixels (or 256 x 160), 16 frames, 5.8 million parameters in all: 11.6 MB in half precision."""
     return ModelSpec(
-        ModelIndex("tiny", height=160, width=256, frames=16, latent_channels=8, base_scale=0.7, portrait=True),
+        ModelIndex("tiny", height=160, width=256, frames=16, latent_channels=8, base_scale=0.7, portrait=True, compositor="norm"),
         unet={
             "in_channels": 16,
             "out_channels": 8,

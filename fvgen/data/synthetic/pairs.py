@@ -66,7 +66,9 @@ def synthetic_frames(seeds: Tensor, size: tuple[int, int], frames: int = 1, comp
     return _true_clip(sample_worlds(seeds, paths), paths, size, compile)
 
 
-def synthetic_pairs(seeds: Tensor, size: tuple[int, int], frames: int = 16, compile: bool = False) -> ClipPairs:
+def synthetic_pairs(
+    seeds: Tensor, size: tuple[int, int], frames: int = 16, compile: bool = False, compositor: str = "norm"
+) -> ClipPairs:
     """Pairs of the worlds ``seeds``; the same seed gives the same pair in any batch.
 
     Args:
@@ -74,6 +76,7 @@ def synthetic_pairs(seeds: Tensor, size: tuple[int, int], frames: int = 16, comp
         size: (H, W) of the clip.
         frames: T.
         compile: fuse the ray caster with torch.compile (worth it on a GPU for many batches).
+        compositor: how the points are blended, see :func:`fvgen.render.render_points`.
     """
     paths = sample_paths(seeds, frames)
     worlds = sample_worlds(seeds, paths)
@@ -97,7 +100,7 @@ def synthetic_pairs(seeds: Tensor, size: tuple[int, int], frames: int = 16, comp
     renders, coverage, cameras = [], [], []
     for b in range(seeds.shape[0]):
         path = Cameras(K[b].expand(frames, 3, 3).contiguous(), poses[b], size)
-        clip = render_scene(points[b], colours[b], path)
+        clip = render_scene(points[b], colours[b], path, compositor=compositor)
         renders.append(clip.rgb)
         coverage.append(clip.coverage)
         cameras.append(path)
