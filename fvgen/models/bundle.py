@@ -133,6 +133,7 @@ class ModelBundle:
         for name in COMPONENTS:
             module = getattr(self, name)
             module.save_config(root / name)
+            _forget_origin(root / name / "config.json")
             _save(module.state_dict(), root / name / WEIGHTS_FILE, dtype)
         _save({"prompt": self.prompt, "empty": self.empty}, root / PROMPT_FILE, dtype)
         index = {"kind": KIND, **self.index.to_dict()}
@@ -172,6 +173,13 @@ def read_index(directory: str | os.PathLike[str]) -> ModelIndex:
 def _cast(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
     # diffusers' own ``to`` warns about modules to keep in float32, of which there are none here.
     return nn.Module.to(module, device=device, dtype=dtype)
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the folder a network was loaded from: it means nothing elsewhere."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _save(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
