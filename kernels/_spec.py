@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fvgen.kernels._triton import TritonKernel
 
 
 def _always(*_: Any) -> None:
@@ -63,6 +66,7 @@ class OpSpec:
         tolerance: see :class:`Tolerance`.
         cost: same arguments as the operator; :class:`Cost` of the call.
         baselines: name -> function with the operator's signature, to compare with in benchmarks.
+        kernels: Triton kernels behind ``fast``, for compilation without a GPU.
     """
 
     name: str
@@ -80,3 +84,4 @@ class OpSpec:
     tolerance: Tolerance = field(default_factory=Tolerance)
     cost: Callable[..., Cost] | None = None
     baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    kernels: tuple[TritonKernel, ...] = ()

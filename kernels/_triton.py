@@ -1,0 +1,72 @@
+"""What Triton kernels share: when they can run, lazy launchers, and compilation without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def unavailable() -> str | None:
+    """Why Triton kernels cannot run on this machine, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """Function ``name`` of ``fvgen.kernels.<module>``, imported at its first call: a machine without Triton never needs it."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fvgen.kernels.{module}"), name)(*args)
+
+    return launch
+
+
+def unsupported(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> str | None:
+    """Why these tensors cannot go to a kernel, None if they can."""
+    for x in tensors:
+        if x.dtype not in dtypes:
+            return f"dtype {x.dtype}"
+        if not x.is_contiguous():
+            return "a tensor that is not contiguous"
+    return None
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """A kernel as it is compiled ahead of time, to see that it builds for every architecture without spilling.
+
+    Attributes:
+        module: below ``fvgen.kernels``; name: of the jitted function.
+        signature: argument name -> Triton type such as ``"*bf16"``, ``"i32"``; constants: the constexpr arguments.
+        warps: per program.
+    """
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    warps: int = 4
+
+    def compile(self, capability: int) -> Any:
+        """The compiled kernel for ``sm_<capability>``; needs Triton, but no GPU."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        function = getattr(importlib.import_module(f"fvgen.kernels.{self.module}"), self.name)
+        signature = {**self.signature, **dict.fromkeys(self.constants, "constexpr")}
+        source = ASTSource(function, {n: signature[n] for n in function.arg_names}, self.constants)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.warps})
