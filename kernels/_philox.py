@@ -62,4 +62,4 @@ def normal_like(x: Tensor, seed: int, offset: int) -> Tensor:
     batch, count = x.shape[0], math.prod(x.shape[1:])
     quads = (count + 3) // 4
     counter = offset + torch.arange(batch * quads, device=x.device).view(batch, quads)
-    return normal(seed, counter).flatten(1)[:, :count].reshape(x.shape)
+    return normal(seed, counter).flatten(1)[:, :count].reshape(x.shape).contiguous()

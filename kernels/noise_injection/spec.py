@@ -19,8 +19,8 @@ def _inputs(
 ) -> tuple:
     random = torch.Generator().manual_seed(0)
     x0 = torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype)
-    t = torch.randint(0, 1000, shape[:1], generator=random).to(device)
-    return x0, t, torch.rand(3, 1000, generator=random).to(device), 2024, offset, noise, velocity
+    t = torch.randint(0, 100, shape[:1], generator=random).to(device)
+    return x0, t, torch.rand(3, 100, generator=random).to(device), 2024, offset, noise, velocity
 
 
 def _gradients(device: str, dtype: torch.dtype, *, shape: tuple[int, ...], velocity: bool = True) -> tuple:
