@@ -22,6 +22,7 @@ from fvgen.geometry.resize import limit_long_side
 from fvgen.io import read_cameras, read_images
 from fvgen.render import render_scene
 from fvgen.types import Cameras, ImageSet, Scene
+from fvgen.utils.errors import UserError
 
 
 def measure_between(
@@ -48,7 +49,7 @@ def measure_between(
     folder = Path(scene_dir)
     names = sorted(str(p) for p in (folder / "images").iterdir())[first : last + 1]
     if len(names) < 3:
-        raise ValueError(f"need at least one photo between {first} and {last} in {folder}")
+        raise UserError(f"there is no photo between {first} and {last} in {folder}; choose numbers further apart")
     images = read_images(names)
     cameras = read_cameras(folder / "transforms.json", names, images.size)
     ends = [0, len(names) - 1]

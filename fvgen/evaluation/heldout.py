@@ -1,27 +1,50 @@
-"""The fixed held-out clips of the synthetic world and what a model scores on them."""
+"""The fixed held-out clips of the synthetic world and what a model scores on them.
+
+``python -m fvgen.evaluation.heldout MODEL_DIR`` prints a table; ``--json`` also writes the headline figures as records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fvgen.codec import Conditioner, LatentCodec
 from fvgen.data.synthetic import synthetic_pairs
-from fvgen.diffusion.ddim import ddim_sample
-from fvgen.diffusion.few_step import few_step_sample
-from fvgen.diffusion.noise import seeded_noise
-from fvgen.diffusion.predict import unet_predictor
-from fvgen.diffusion.schedule import NoiseSchedule
-from fvgen.evaluation.metrics import mean_psnr, psnr
+from fvgen.data.synthetic.pairs import ClipPairs
+from fvgen.evaluation.metrics import mean_psnr
+from fvgen.evaluation.provenance import provenance
+from fvgen.evaluation.sampling import ModelSampler
 from fvgen.models.bundle import ModelBundle
+from fvgen.utils.errors import UserError
 
-HELD_OUT_SEED = 1 << 40  # training worlds are numbered far below
+HELD_OUT_SEED = 1 << 40  # training worlds are numbered elsewhere
+ROWS = {
+    "render": "point render",
+    "generated": "generated, 4 steps",
+    "teacher4": "DDIM, 4 steps",
+    "teacher50": "DDIM, 50 steps",
+    "vae": "truth through the VAE",
+}
+RECORDS = {
+    "tiny_psnr_generated": "generated",
+    "tiny_psnr_render": "render",
+    "tiny_psnr_teacher50": "teacher50",
+    "tiny_vae_psnr": "vae",
+}
 
 
 def held_out_scores(
-    bundle: ModelBundle, clips: int = 64, batch: int = 8, seed: int = 0, guidance: float | None = None
+    bundle: ModelBundle,
+    clips: int = 64,
+    batch: int = 8,
+    seed: int = 0,
+    guidance: float | None = None,
+    ddim_steps: Sequence[int] = (4, 50),
 ) -> dict[str, float]:
     """Scores on held-out synthetic clips, dB, over the frames between the two photos.
 
@@ -30,49 +53,95 @@ def held_out_scores(
         clips: how many worlds, from ``HELD_OUT_SEED`` on.
         batch: clips at once.
         seed: of the sampling noise.
-        guidance: guidance scale of the teacher's 50 steps; None takes the model's own.
+        guidance: guidance scale of the DDIM rows; None takes the model's own.
+        ddim_steps: numbers of DDIM steps to score.
 
     Returns:
-        ``render``, ``generated`` (4 steps), ``teacher4`` and ``teacher50`` (DDIM): mean PSNR per frame over the whole frame, and for all
-        of them ``*_covered`` and ``*_uncovered`` over the pixels with and without a point; ``vae``: encoding and decoding the truth;
-        ``coverage``: share of covered pixels.
+        ``render``, ``generated`` (4 steps), ``teacher{n}`` (n DDIM steps) and ``vae`` (encoding and decoding the truth): mean
+        PSNR per frame over the whole frame, and for all of them ``*_covered`` and ``*_uncovered`` over the pixels with and
+        without a point; ``coverage``: share of covered pixels.
+
+    Raises:
+        UserError: fewer than one clip, or clips without a frame between the photos.
     """
-    device = next(bundle.unet.parameters()).device
+    if clips < 1 or batch < 1 or bundle.index.frames < 3:
+        raise UserError(f"scoring needs at least one clip of three frames, got {clips} of {bundle.index.frames}; ask for more")
+    sampler = ModelSampler(bundle, seed)
+    scale = bundle.index.guidance_scale if guidance is None else guidance
+    values: dict[str, list[float]] = {}
+    for pairs in _held_out_pairs(bundle, clips, batch, sampler.device):
+        condition = sampler.condition(pairs.render, guidance=scale != 1.0)
+        videos = {"render": pairs.render, "generated": sampler.few_step(condition)}
+        videos |= {f"teacher{n}": sampler.ddim(condition, n, scale) for n in ddim_steps}
+        videos["vae"] = sampler.reconstruct(pairs.target)
+        for name, video in videos.items():
+            for key, psnr in clip_scores(name, video, pairs.target, pairs.coverage).items():
+                values.setdefault(key, []).extend(psnr)
+        values.setdefault("coverage", []).extend(pairs.coverage[:, 1:-1].float().mean((1, 2, 3)).tolist())
+    return {name: float(torch.tensor(v, dtype=torch.float64).nanmean()) for name, v in values.items()}
+
+
+def _held_out_pairs(bundle: ModelBundle, clips: int, batch: int, device: torch.device) -> Iterator[ClipPairs]:
     index = bundle.index
-    schedule = NoiseSchedule.create(index.base_scale)
-    codec = LatentCodec(bundle.vae)
-    condition_of = Conditioner(codec, bundle.image_encoder, bundle.image_projector, bundle.prompt, bundle.empty, index.fps)
-    predict = unet_predictor(bundle.unet, torch.bfloat16 if device.type == "cuda" else None)
-    scale = index.guidance_scale if guidance is None else guidance
-    sums: dict[str, list[float]] = {}
-
-    def score(name: str, video: Tensor, truth: Tensor, covered: Tensor) -> None:
-        video, truth, covered = video[:, 1:-1], truth[:, 1:-1], covered[:, 1:-1]
-        for b in range(len(video)):
-            sums.setdefault(name, []).append(mean_psnr(video[b], truth[b]))
-            sums.setdefault(f"{name}_covered", []).append(mean_psnr(video[b], truth[b], covered[b]))
-            sums.setdefault(f"{name}_uncovered", []).append(mean_psnr(video[b], truth[b], ~covered[b]))
-
     for first in range(0, clips, batch):
         seeds = torch.arange(first, min(first + batch, clips), device=device) + HELD_OUT_SEED
-        pairs = synthetic_pairs(seeds, (index.height, index.width), index.frames)
-        truth, covered = pairs.target, pairs.coverage
-        condition = condition_of(pairs.render, guidance=scale != 1.0)
-        shape = condition.latents.shape
+        yield synthetic_pairs(seeds, (index.height, index.width), index.frames, compositor=index.compositor)
 
-        samplers: dict[str, Callable[[], Tensor]] = {
-            "generated": lambda c=condition, s=shape: few_step_sample(predict, schedule, c, s, seeded_noise(seed, device)),
-            "teacher4": lambda c=condition, s=shape: ddim_sample(
-                predict, schedule, c, s, seeded_noise(seed, device), 4, index.eta, scale, index.guidance_rescale
-            ),
-            "teacher50": lambda c=condition, s=shape: ddim_sample(
-                predict, schedule, c, s, seeded_noise(seed, device), 50, index.eta, scale, index.guidance_rescale
-            ),
-        }
-        score("render", pairs.render, truth, covered)
-        for name, sample in samplers.items():
-            score(name, codec.decode(sample()), truth, covered)
-        reconstruction = codec.decode(codec.encode(truth))
-        sums.setdefault("vae", []).extend(psnr(reconstruction, truth).mean(1).tolist())
-        sums.setdefault("coverage", []).extend(covered[:, 1:-1].float().mean((1, 2, 3)).tolist())
-    return {name: float(torch.tensor(values).nanmean()) for name, values in sums.items()}
+
+def clip_scores(name: str, video: Tensor, truth: Tensor, covered: Tensor) -> dict[str, list[float]]:
+    """Mean PSNR of each clip without its first and last frame, dB: whole frame, and with and without a point.
+
+    Args:
+        name: key of the result.
+        video, truth: ``[B, T, 3, H, W]`` in [0, 1].
+        covered: ``[B, T, H, W]`` bool.
+
+    Returns:
+        ``name``, ``name_covered`` and ``name_uncovered``, ``B`` numbers each; NaN where no pixel is of that kind.
+    """
+    masks = {name: None, f"{name}_covered": covered[:, 1:-1], f"{name}_uncovered": ~covered[:, 1:-1]}
+    video, truth = video[:, 1:-1], truth[:, 1:-1]
+    return {
+        key: [mean_psnr(video[b], truth[b], None if mask is None else mask[b]) for b in range(len(video))]
+        for key, mask in masks.items()
+    }
+
+
+def table(scores: dict[str, float], rows: dict[str, str]) -> str:
+    """The scores as text: one line for each of ``rows`` (key to label) that was scored."""
+    lines = [f"{'PSNR, dB':24} {'whole':>7} {'covered':>8} {'uncovered':>10}"]
+    for key, label in rows.items():
+        if key in scores:
+            whole, covered, uncovered = (scores[f"{key}{end}"] for end in ("", "_covered", "_uncovered"))
+            lines.append(f"{label:24} {whole:7.2f} {covered:8.2f} {uncovered:10.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_dir")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", type=Path, help="write the headline figures here")
+    options = parser.parse_args(arguments)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    try:
+        scores = held_out_scores(ModelBundle.from_pretrained(options.model_dir, device), options.clips, options.batch)
+    except UserError as error:
+        parser.error(str(error))
+    print(table(scores, ROWS))
+    print(
+        f"\nMean over the frames between the two photos of {options.clips} clips. Their worlds are not in the training data but\n"
+        f"come from the same generator. Points cover {100 * scores['coverage']:.0f} % of the pixels."
+    )
+    if options.json:
+        command = shlex.join(["python", "-m", "fvgen.evaluation.heldout", options.model_dir, "--clips", str(options.clips)])
+        context = {"clips": options.clips, **provenance(command)}
+        records = [{"name": name, "value": scores[key], "unit": "dB", **context} for name, key in RECORDS.items()]
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

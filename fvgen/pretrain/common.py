@@ -18,15 +18,34 @@ class Budget:
     A run that is bounded by steps alone repeats exactly; a time limit makes the number of steps depend on the machine.
     """
 
-    def __init__(self, steps: int, minutes: float | None = None) -> None:
+    def __init__(self, steps: int, minutes: float | None = None, seconds_before: float = 0.0) -> None:
         self.steps, self.seconds = steps, None if minutes is None else 60 * minutes
-        self._start = time.monotonic()
+        self._start = time.monotonic() - seconds_before
+
+    def elapsed(self) -> float:
+        """Seconds spent, those before a resumption included."""
+        return time.monotonic() - self._start
 
     def fraction(self, step: int) -> float:
+        """Share of the run that is done before ``step``; 1 = stop."""
         done = step / self.steps
         if self.seconds is not None:
-            done = max(done, (time.monotonic() - self._start) / self.seconds)
+            done = max(done, self.elapsed() / self.seconds)
         return min(done, 1.0)
+
+
+class Timer:
+    """True once every ``minutes``; never for None."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self._last = time.monotonic()
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._last < self._seconds:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 def learning_rate(fraction: float, peak: float, warmup: float = 0.02) -> float:
@@ -42,23 +61,27 @@ class Average:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
-        self._updates = 0
+        self.updates = 0
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        self._updates += 1
-        decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         targets, sources = list(self.module.parameters()), [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(targets, sources, 1 - decay)
 
 
 class Log:
-    """One JSON line per record in ``directory/name.jsonl``, echoed as text."""
+    """One JSON line per record in ``directory/name.jsonl``, echoed as text; records of steps before ``first_step`` are kept."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, first_step: int = 0, seconds_before: float = 0.0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / f"{name}.jsonl").open("w")
-        self._start = time.monotonic()
+        path = directory / f"{name}.jsonl"
+        before = path.read_text().splitlines() if first_step and path.is_file() else []
+        kept = [line for line in before if json.loads(line)["step"] < first_step]
+        self._file = path.open("w")
+        self._file.writelines(f"{line}\n" for line in kept)
+        self._start = time.monotonic() - seconds_before
 
     def write(self, **values: float) -> None:
         record = {"seconds": round(time.monotonic() - self._start, 1), **values}

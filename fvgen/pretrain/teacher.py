@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvgen.data.synthetic import synthetic_pairs
 from fvgen.diffusion.parameterisation import add_noise, velocity
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.diffusion.timesteps import make_timesteps
-from fvgen.models.clip import ClipVisionTower
-from fvgen.models.image_projector import ImageProjector
-from fvgen.models.unet import VideoUNet
-from fvgen.pretrain.common import Average, Budget, Log, learning_rate, to_bytes
+from fvgen.models.spec import ModelSpec
+from fvgen.pretrain.buffer import PairBuffer
+from fvgen.pretrain.checkpoint import (
+    load_state,
+    module_tensors,
+    optimiser_tensors,
+    restore_module,
+    restore_optimiser,
+    save_state,
+)
+from fvgen.pretrain.common import Average, Budget, Log, Timer, learning_rate
 from fvgen.pretrain.graphed import GradientStep
+from fvgen.pretrain.networks import Networks
 from fvgen.recipes.presets import get_preset
+from fvgen.utils.errors import UserError
+
+CHECKPOINT_FILE = "teacher_state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,120 +63,168 @@ class TeacherRecipe:
     seed: int = 0
 
 
-class Networks(nn.Module):
-    """Everything that is trained: the UNet and the image branch that feeds it."""
+class TeacherRun:
+    """The run between two steps; :meth:`save` and :meth:`restore` continue it bit for bit where the arithmetic repeats.
 
-    def __init__(self, prompt: Tensor, empty: Tensor, fps: int) -> None:
-        super().__init__()
-        spec = get_preset("tiny")
-        self.unet = VideoUNet(**spec.unet)
-        self.image_encoder = ClipVisionTower(**spec.image_encoder)
-        self.image_projector = ImageProjector(**spec.image_projector)
-        self.register_buffer("prompt", prompt)
-        self.register_buffer("empty", empty)
-        self.fps = fps
+    Args: as for :func:`train_teacher`; ``vae`` is changed to evaluation on ``device``.
+    """
 
-    def forward(self, x: Tensor, t: Tensor, render: Tensor, photo: Tensor, drop: Tensor) -> Tensor:
-        """``x, render [B, C, T, h, w]``, ``photo [B, 3, H, W]`` in [-1, 1], ``drop [B]`` uniform in [0, 1): what to leave out."""
-        photo = torch.where(((drop >= 0.05) & (drop < 0.15))[:, None, None, None], torch.zeros_like(photo), photo)
-        text = torch.where((drop < 0.10)[:, None, None], self.empty, self.prompt)
-        context = torch.cat([text, self.image_projector(self.image_encoder(photo))], 1)
-        fps = torch.full((x.shape[0],), self.fps, device=x.device)
-        return self.unet(torch.cat([x, render], 1).to(context.dtype), t, context, fps)
+    def __init__(
+        self, recipe: TeacherRecipe, spec: ModelSpec, vae: nn.Module, prompt: Tensor, empty: Tensor, device: str, compile: bool
+    ) -> None:
+        index = spec.index
+        self.recipe, self.device, self.frames = recipe, device, index.frames
+        torch.manual_seed(recipe.seed)
+        self.networks = Networks(spec, prompt, empty).to(device)
+        self.average = Average(self.networks, recipe.ema)
+        # Half-precision copy that computes; the float32 originals take the updates, which bfloat16 would round away.
+        self._working = copy.deepcopy(self.networks).to(torch.bfloat16 if device == "cuda" else torch.float32)
+        for master in self.networks.parameters():
+            master.grad = torch.zeros_like(master)
+        self._gradients = GradientStep(self._working, self._denoising_loss)
+        self._optimiser = torch.optim.AdamW(
+            self.networks.parameters(), lr=recipe.peak_lr, weight_decay=1e-3, betas=(0.9, 0.99), fused=device == "cuda"
+        )
+        self._schedule = NoiseSchedule.create(index.base_scale).to(device)
+        self._student_times = torch.tensor(make_timesteps(4), device=device)
+        vae = vae.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.buffers = [
+            PairBuffer(vae, s, index.frames, recipe.buffer // (1 + 3 * i), recipe.pairs, device, index.compositor, compile)
+            for i, s in enumerate(index.sizes())
+        ]
+        self._generator = torch.Generator(device=device).manual_seed(recipe.seed)
+        self._next_world, self.step = 2_000_000_000 * (1 + recipe.seed), 0
 
+    def _denoising_loss(self, x: Tensor, v: Tensor, t: Tensor, render: Tensor, photo: Tensor, drop: Tensor) -> Tensor:
+        return F.mse_loss(self._working(x, t, render, photo, drop).float(), v)
 
-class PairBuffer:
-    """The newest clips of one orientation as latents, refilled a few at a time."""
+    def _clips(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Refills the buffer whose turn it is, where due, and draws from it; see :meth:`PairBuffer.draw`."""
+        recipe, step = self.recipe, self.step
+        # Orientations and lengths alternate in blocks of different length, so that every combination occurs.
+        portrait = len(self.buffers) > 1 and (step // 9) % 20 < 20 * recipe.portrait_share
+        buffer = self.buffers[int(portrait)]
+        refills = -(-recipe.first_fill // recipe.pairs) if buffer.filled == 0 else int(step % recipe.refill_every == 0)
+        for _ in range(refills):
+            buffer.add(self._next_world)
+            self._next_world += recipe.pairs
+        target, render, photo = buffer.draw(recipe.batch, self._generator)
+        if step % 20 < 20 * recipe.short_share:
+            count = recipe.short_frames[step % len(recipe.short_frames)]
+            keep = torch.linspace(0, self.frames - 1, count, device=self.device).round().long()
+            target, render = target[:, :, keep], render[:, :, keep]
+        return target, render, photo
 
-    def __init__(self, vae: nn.Module, size: tuple[int, int], frames: int, capacity: int, device: str, compile: bool) -> None:
-        self.size, self.frames, self._vae, self._compile = size, frames, vae, compile
-        channels = vae.config.latent_channels
-        shape = (capacity, channels, frames, size[0] // 8, size[1] // 8)
-        self.target = torch.empty(shape, dtype=torch.float16, device=device)
-        self.render = torch.empty(shape, dtype=torch.float16, device=device)
-        self.photo = torch.empty(capacity, 3, *size, dtype=torch.uint8, device=device)
-        self.filled = 0
+    def _times(self) -> Tensor:
+        """Time steps ``[B]``, partly those that the four-step sampler visits."""
+        count, draw = self.recipe.batch, {"device": self.device, "generator": self._generator}
+        t = torch.randint(len(self._schedule), (count,), **draw)
+        use_student = torch.rand(count, **draw) < self.recipe.student_share
+        pick = torch.randint(len(self._student_times), (count,), **draw)
+        return torch.where(use_student, self._student_times[pick], t)
 
-    def encode(self, clips: Tensor) -> Tensor:
-        """``[B, T, 3, H, W]`` in [0, 1] to scaled latents ``[B, C, T, h, w]``."""
-        frames = (2 * clips.flatten(0, 1) - 1).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
-            latents = torch.cat([self._vae.encode(f).latent_dist.mean for f in frames.split(64)])
-        return (latents * self._vae.config.scaling_factor).unflatten(0, clips.shape[:2]).transpose(1, 2)
+    def advance(self, fraction: float) -> tuple[Tensor, Tensor]:
+        """One step at ``fraction`` of the run; returns the loss and the norm of the gradient."""
+        target, render, photo = self._clips()
+        noise = torch.randn(target.shape, device=self.device, generator=self._generator)
+        t = self._times()
+        drop = torch.rand(self.recipe.batch, device=self.device, generator=self._generator)
+        x, v = add_noise(self._schedule, target, noise, t), velocity(self._schedule, target, noise, t)
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate(fraction, self.recipe.peak_lr)
+        loss = self._gradients(x, v, t, render, photo, drop)
+        masters, copies = list(self.networks.parameters()), list(self._working.parameters())
+        torch._foreach_copy_([p.grad for p in masters], [p.grad for p in copies])
+        norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        self._optimiser.step()
+        with torch.no_grad():
+            torch._foreach_copy_(copies, masters)
+        self.average.update(self.networks)
+        self.step += 1
+        return loss, norm
 
-    def add(self, seeds: Tensor) -> None:
-        pairs = synthetic_pairs(seeds, self.size, self.frames, self._compile)
-        at = torch.arange(self.filled, self.filled + len(seeds), device=seeds.device) % len(self.photo)
-        self.target[at] = self.encode(pairs.target).half()
-        self.render[at] = self.encode(pairs.render).half()
-        self.photo[at] = to_bytes(pairs.target[:, 0])
-        self.filled += len(seeds)
+    def save(self, path: Path, seconds: float) -> None:
+        """Writes the state after ``seconds`` of training; clips are remembered by the numbers of their worlds."""
+        tensors = {
+            **module_tensors("networks", self.networks),
+            **module_tensors("average", self.average.module),
+            **optimiser_tensors(self._optimiser),
+            "generator": self._generator.get_state(),
+        }
+        values = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "seconds": seconds,
+            "next_world": self._next_world,
+            "averaged": self.average.updates,
+            "clips": [buffer.history() for buffer in self.buffers],
+        }
+        save_state(path, tensors, values)
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Random clips: target and render latents ``[B, C, T, h, w]`` and the first photo ``[B, 3, H, W]`` in [-1, 1]."""
-        available = min(self.filled, len(self.photo))
-        pick = torch.randint(available, (count,), device=self.photo.device, generator=generator)
-        return self.target[pick].float(), self.render[pick].float(), self.photo[pick].float() / 127.5 - 1
+    def restore(self, path: Path) -> float:
+        """Takes over what :meth:`save` wrote and returns the seconds of training behind it; clips are rendered again.
+
+        Raises:
+            UserError: the file is damaged, or belongs to a run with other settings.
+        """
+        tensors, values = load_state(path)
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.recipe).items()}
+        if values.get("recipe") != settings:
+            raise UserError(f"{path} belongs to a run with other settings; give the same ones or delete it to start again")
+        restore_module("networks", self.networks, tensors)
+        restore_module("average", self.average.module, tensors)
+        restore_optimiser(self._optimiser, tensors)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._working.parameters()), list(self.networks.parameters()))
+        self._generator.set_state(tensors["generator"])
+        self.step, self._next_world, self.average.updates = (values[k] for k in ("step", "next_world", "averaged"))
+        for buffer, history in zip(self.buffers, values["clips"], strict=True):
+            buffer.restore(history)
+        return float(values["seconds"])
 
 
 def train_teacher(
-    recipe: TeacherRecipe, vae: nn.Module, prompt: Tensor, empty: Tensor, output: Path, device: str, compile: bool = False
+    recipe: TeacherRecipe,
+    vae: nn.Module,
+    prompt: Tensor,
+    empty: Tensor,
+    output: Path,
+    device: str,
+    compile: bool = False,
+    *,
+    spec: ModelSpec | None = None,
+    checkpoint_minutes: float | None = None,
+    resume: bool = False,
 ) -> Networks:
-    """Trains and returns the averaged networks; writes ``output/teacher.jsonl``."""
-    index = get_preset("tiny").index
-    torch.manual_seed(recipe.seed)
-    networks = Networks(prompt, empty, index.fps).to(device)
-    average = Average(networks, recipe.ema)
-    # Half-precision copy that computes; the float32 originals take the updates, which bfloat16 would round away.
-    working = copy.deepcopy(networks).to(torch.bfloat16 if device == "cuda" else torch.float32)
-    masters, copies = list(networks.parameters()), list(working.parameters())
-    for master in masters:
-        master.grad = torch.zeros_like(master)
+    """Trains and returns the averaged networks; writes ``output/teacher.jsonl``.
 
-    def denoising_loss(x: Tensor, v: Tensor, t: Tensor, render: Tensor, photo: Tensor, drop: Tensor) -> Tensor:
-        return F.mse_loss(working(x, t, render, photo, drop).float(), v)
+    Args:
+        recipe: settings.
+        vae: makes the latents; is frozen.
+        prompt, empty: ``[77, D]`` text tokens.
+        output: directory for log and state.
+        device: "cpu" or "cuda".
+        compile: fuse the ray caster with torch.compile.
+        spec: the networks; None takes the preset ``tiny``.
+        checkpoint_minutes: how often to write ``output/teacher_state.safetensors``; None never.
+        resume: continue from that file if it is there. On the CPU, a run bounded by steps alone then ends with the same weights,
+            bit for bit, as one that was never cut.
 
-    gradients = GradientStep(working, denoising_loss)
-    optimiser = torch.optim.AdamW(
-        networks.parameters(), lr=recipe.peak_lr, weight_decay=1e-3, betas=(0.9, 0.99), fused=device == "cuda"
-    )
-    schedule = NoiseSchedule.create(index.base_scale).to(device)
-    student_times = torch.tensor(make_timesteps(4), device=device)
-    vae = vae.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
-    landscape, *portrait = [
-        PairBuffer(vae, s, index.frames, recipe.buffer // (1 + 3 * i), device, compile) for i, s in enumerate(index.sizes())
-    ]
-    generator = torch.Generator(device=device).manual_seed(recipe.seed)
-    log, budget = Log(output, "teacher"), Budget(recipe.steps, recipe.minutes)
-    next_world, step = 2_000_000_000 * (1 + recipe.seed), 0
-    while (fraction := budget.fraction(step)) < 1:
-        turned = portrait and (step // 9) % 20 < 20 * recipe.portrait_share
-        buffer = portrait[0] if turned else landscape
-        for _ in range(recipe.first_fill // recipe.pairs if buffer.filled == 0 else int(step % recipe.refill_every == 0)):
-            buffer.add(torch.arange(next_world, next_world + recipe.pairs, device=device))
-            next_world += recipe.pairs
-        target, render, photo = buffer.draw(recipe.batch, generator)
-        if step % 20 < 20 * recipe.short_share:
-            count = recipe.short_frames[step % len(recipe.short_frames)]
-            keep = torch.linspace(0, index.frames - 1, count, device=device).round().long()
-            target, render = target[:, :, keep], render[:, :, keep]
-        noise = torch.randn(target.shape, device=device, generator=generator)
-        t = torch.randint(len(schedule), (recipe.batch,), device=device, generator=generator)
-        use_student = torch.rand(recipe.batch, device=device, generator=generator) < recipe.student_share
-        pick = torch.randint(len(student_times), (recipe.batch,), device=device, generator=generator)
-        t = torch.where(use_student, student_times[pick], t)
-        x = add_noise(schedule, target, noise, t)
-        drop = torch.rand(recipe.batch, device=device, generator=generator)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(fraction, recipe.peak_lr)
-        loss = gradients(x, velocity(schedule, target, noise, t), t, render, photo, drop)
-        torch._foreach_copy_([p.grad for p in masters], [p.grad for p in copies])
-        norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            torch._foreach_copy_(copies, masters)
-        average.update(networks)
-        if step % 100 == 0:
-            log.write(step=step, loss=float(loss), gradient_norm=float(norm), worlds=landscape.filled)
-        step += 1
-    return average.module
+    Raises:
+        UserError: the state to resume from is damaged or belongs to other settings.
+    """
+    run = TeacherRun(recipe, spec or get_preset("tiny"), vae, prompt, empty, device, compile)
+    state = output / CHECKPOINT_FILE
+    seconds = run.restore(state) if resume and state.is_file() else 0.0
+    log, budget = Log(output, "teacher", run.step, seconds), Budget(recipe.steps, recipe.minutes, seconds)
+    due = Timer(checkpoint_minutes)
+    while (fraction := budget.fraction(run.step)) < 1:
+        loss, norm = run.advance(fraction)
+        if (run.step - 1) % 100 == 0:
+            log.write(step=run.step - 1, loss=float(loss), gradient_norm=float(norm), worlds=run.buffers[0].filled)
+        if due():
+            run.save(state, budget.elapsed())
+    log.write(step=run.step, worlds=run.buffers[0].filled)
+    if checkpoint_minutes is not None:
+        run.save(state, budget.elapsed())
+    return run.average.module

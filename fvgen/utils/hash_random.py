@@ -1,4 +1,7 @@
-"""Counter-based random numbers: the same numbers for the same seed on every device and in every batch."""
+"""Counter-based random numbers: the same for the same seed in every batch.
+
+Uniform numbers and integers are the same on every device too; normal ones up to the rounding of its logarithm and cosine.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class HashRandom:
         return self._key.device
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """``[B, *shape]`` float32, uniform in [low, high)."""
+        """``[B, *shape]`` float32 of 24 random bits, uniform in [low, high); rounding may yield ``high`` itself."""
         count = math.prod(shape)
         index = torch.arange(self._next, self._next + count, device=self.device)
         self._next += count

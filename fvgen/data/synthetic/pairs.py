@@ -1,4 +1,7 @@
-"""Training pairs as the paper builds them: two frames with imperfect depth -> cloud -> renders of the path; target = true frames."""
+"""Training pairs as the paper builds them: a cloud of the two end frames with imperfect depth, rendered along the path.
+
+The target is the true frames.
+"""
 
 from __future__ import annotations
 
