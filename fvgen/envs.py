@@ -13,11 +13,6 @@ def kernels_mode() -> str:
     return mode
 
 
-def build_cuda() -> str:
-    """``FVGEN_BUILD_CUDA``: auto, 1 or 0."""
-    return os.environ.get("FVGEN_BUILD_CUDA", "auto")
-
-
-def golden_dir() -> str | None:
-    """``FVGEN_GOLDEN``: folder with golden reference values for the tests."""
-    return os.environ.get("FVGEN_GOLDEN")
+def commit() -> str | None:
+    """``FVGEN_COMMIT``: commit to write into results where the checkout has no git history."""
+    return os.environ.get("FVGEN_COMMIT") or None

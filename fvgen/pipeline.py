@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fvgen.geometry import estimate_scene
+from fvgen.geometry.coincide import coincident_photos
 from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
 from fvgen.geometry.trajectory import parse_trajectory, target_cameras
 from fvgen.io import read_cameras, read_images
@@ -25,6 +28,7 @@ Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
 Progress = Callable[[str, float], None]
 BUNDLED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 SAMPLERS = ("few_step", "teacher")
+MAX_FRAMES = 64  # generated together
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Prepared:
         scene: photos, cameras and point maps at the working resolution of the geometry.
         photos: ``[V, 3, H, W]`` the photos at the size of the clip.
         renders: the clip; frames that coincide with a photo hold the photo.
-        photo_frames: index of the frame that shows photo ``i``; empty when the path does not lead through the photos.
+        photo_frames: the frames that coincide with a photo, ascending; empty when the path meets none.
+        photo_indices: which photo each of them shows.
         segments: frame ranges that are generated together; neighbours share one frame.
         timings: seconds per stage.
     """
@@ -44,6 +49,7 @@ class Prepared:
     photos: Tensor
     renders: RenderClip
     photo_frames: tuple[int, ...]
+    photo_indices: tuple[int, ...]
     segments: tuple[range, ...]
     timings: dict[str, float]
 
@@ -91,26 +97,35 @@ def prepare(
     cameras: Cameras | str | os.PathLike[str] | None = None,
     trajectory: str = "smooth",
     num_frames: int = 16,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | list[tuple[int, int]] | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    *,
+    compositor: str = "norm",
+    radius: float = 0.01,
+    points_per_pixel: int = 10,
 ) -> Prepared:
     """Photos to renders along a camera path; needs no model.
 
     Args:
-        images: two or more overlapping photos in the order in which neighbours overlap: paths, ``[V, 3, H, W]`` in [0, 1], or an ``ImageSet``.
-        cameras: their cameras (at the photos' size), or a ``transforms.json`` or COLMAP model to read them from; estimated if None.
+        images: two or more overlapping photos in the order in which neighbours overlap: paths, ``[V, 3, H, W]`` in [0, 1],
+            or an ``ImageSet``.
+        cameras: their cameras (at the photos' size), or a ``transforms.json`` or COLMAP model to read them from; estimated
+            if None.
         trajectory: see ``fvgen generate --help``; "smooth" passes through all photos.
         num_frames: frames per segment, that is, between neighbouring photos with both of them.
-        size: (H, W) of the renders; None takes the working resolution of the geometry.
+        size: (H, W) of the renders; of a list of sizes the one with the photos' aspect; None takes the working resolution of
+            the geometry.
         device: where the points are rendered.
         progress: called with (stage, fraction in [0, 1]).
+        compositor, radius, points_per_pixel: how points become pixels, see :func:`fvgen.render.render_points`.
 
     Raises:
         UserError: bad photos, cameras, path or sizes.
     """
-    if num_frames < 2:
-        raise UserError(f"a clip needs at least 2 frames, not {num_frames}; give --frames 2 or more")
+    if not 2 <= num_frames <= MAX_FRAMES:
+        raise UserError(f"a clip has 2 to {MAX_FRAMES} frames between two photos, not {num_frames}; change --frames")
+    parsed = parse_trajectory(trajectory)
     watch = Stopwatch(torch.device(device), progress)
     with watch.stage("read"):
         photos = _photos(images)
@@ -118,22 +133,32 @@ def prepare(
     with watch.stage("geometry") as report:
         scene = estimate_scene(photos, known, progress=report)
     with watch.stage("path"):
-        clip_size = size or scene.images.size
+        clip_size = nearest_aspect(size, photos.size) if isinstance(size, list) else size or scene.images.size
         full_size = replace(scene, cameras=scale_cameras(scene.cameras, photos.size))
-        path = fit_cameras(target_cameras(full_size, trajectory, num_frames), clip_size)
-        fitted, _ = fit(photos, None, clip_size)
-        through_photos = parse_trajectory(trajectory).name in ("smooth", "interp")
-        photo_frames = tuple(i * (num_frames - 1) for i in range(len(photos))) if through_photos else ()
-    with watch.stage("render"):
-        points, rgb = (x.to(device) for x in scene.cloud())
-        renders = render_scene(points, rgb, path.to(str(device)))
-        if photo_frames:
-            renders = put_photos(renders, fitted.rgb, list(photo_frames))
-    last = len(path) - 1
-    starts = photo_frames[:-1] if photo_frames else (0,)
-    ends = photo_frames[1:] if photo_frames else (last,)
-    segments = tuple(range(a, b + 1) for a, b in zip(starts, ends, strict=True))
-    return Prepared(scene, fitted.rgb, renders, photo_frames, segments, watch.timings)
+        path = target_cameras(full_size, parsed, num_frames)
+        shown = coincident_photos(path, full_size.cameras)
+        path, (fitted, _) = fit_cameras(path, clip_size), fit(photos, None, clip_size)
+    with watch.stage("render") as report:
+        options: dict[str, Any] = {"compositor": compositor, "radius": radius, "points_per_pixel": points_per_pixel}
+        renders = _render(scene, path, torch.device(device), options, report)
+        if shown:
+            renders = put_photos(renders, fitted.rgb[list(shown.values())], list(shown))
+    cuts = sorted({0, *shown, len(path) - 1})
+    segments = tuple(range(a, b + 1) for a, b in pairwise(cuts))
+    return Prepared(scene, fitted.rgb, renders, tuple(shown), tuple(shown.values()), segments, watch.timings)
+
+
+def _render(scene: Scene, path: Cameras, device: torch.device, options: dict[str, Any], report: Progress) -> RenderClip:
+    """A few frames at a time, which bounds memory and shows progress."""
+    points, rgb = (x.to(device) for x in scene.cloud())
+    height, width = path.image_size
+    chunk = max(1, (2**25 if device.type == "cuda" else 2**17) // (height * width))
+    parts = []
+    for first in range(0, len(path), chunk):
+        report("render", first / len(path))
+        parts.append(render_scene(points, rgb, path[first : first + chunk].to(str(device)), **options))
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("rgb", "depth", "coverage")}
+    return RenderClip(**joined, cameras=path.to(str(device)))
 
 
 class FVGenPipeline:
@@ -164,16 +189,11 @@ class FVGenPipeline:
         from fvgen.models.bundle import ModelBundle
 
         chosen = choose_device(device)
-        path = BUNDLED.get(str(name_or_dir), Path(name_or_dir))
-        if not path.exists():
-            raise UserError(f"there is no model {str(name_or_dir)!r}; use {', '.join(BUNDLED)} or the path of a model directory")
-        return cls(ModelBundle.from_pretrained(path, device=chosen), chosen)
+        return cls(ModelBundle.from_pretrained(find_model(name_or_dir), device=chosen), chosen)
 
     def clip_size(self, images: Photos) -> tuple[int, int]:
         """(H, W) of the clip the model makes of these photos: portrait for portrait photos where the model knows that."""
-        height, width = _photos(images).size
-        sizes = self.bundle.index.sizes()
-        return min(sizes, key=lambda s: abs(s[0] / s[1] - height / width))
+        return nearest_aspect(self.bundle.index.sizes(), _photos(images).size)
 
     def __call__(
         self,
@@ -190,7 +210,7 @@ class FVGenPipeline:
 
         Args:
             images, cameras, trajectory, num_frames: see :func:`prepare`.
-            steps: network calls per clip ("few_step") or DDIM steps ("teacher", which calls the network twice per step if guided).
+            steps: network calls per clip ("few_step") or DDIM steps ("teacher": two calls per step if guided).
             sampler: "few_step" or "teacher".
             seed: of the sampling noise.
             callback: called with (stage, fraction in [0, 1]).
@@ -199,8 +219,9 @@ class FVGenPipeline:
             UserError: bad input; the message says what to do.
         """
         check_sampling(sampler, steps)
-        photos = _photos(images)
-        prepared = prepare(photos, cameras, trajectory, num_frames, self.clip_size(photos), self.device, callback)
+        index = self.bundle.index
+        how = {"compositor": index.compositor}
+        prepared = prepare(images, cameras, trajectory, num_frames, index.sizes(), self.device, callback, **how)
         return self.generate(prepared, steps, sampler, seed, callback)
 
     @torch.inference_mode()
@@ -216,6 +237,7 @@ class FVGenPipeline:
         from fvgen.diffusion.schedule import NoiseSchedule
 
         check_sampling(sampler, steps)
+        check_segments(prepared.segments)
         model, index = self.bundle, self.bundle.index
         watch = Stopwatch(self.device, callback)
         guidance = index.guidance_scale if sampler == "teacher" else 1.0
@@ -223,24 +245,43 @@ class FVGenPipeline:
         schedule = NoiseSchedule.create(index.base_scale)
         noise = seeded_noise(seed, self.device)
         predict = unet_predictor(model.unet, torch.bfloat16 if self.device.type == "cuda" else None)
-        clips = torch.stack([prepared.renders.rgb[list(s)] for s in prepared.segments])
+        alike = len({len(s) for s in prepared.segments}) == 1  # clips of one length are generated together
+        batches = [prepared.segments] if alike else [(s,) for s in prepared.segments]
+        clips = [torch.stack([prepared.renders.rgb[list(s)] for s in batch]).to(self.device) for batch in batches]
         with watch.stage("encode"):
             make_condition = Conditioner(codec, model.image_encoder, model.image_projector, model.prompt, model.empty, index.fps)
-            condition = make_condition(clips, guidance=guidance != 1.0)
+            conditions = [make_condition(clip, guidance=guidance != 1.0) for clip in clips]
+        latents = []
         with watch.stage("sample") as report:
-            shape = condition.latents.shape
-            tick = lambda step, total, _x0: report("sample", step / total)  # noqa: E731
-            if sampler == "few_step":
-                latents = few_step_sample(predict, schedule, condition, shape, noise, steps, callback=tick)
-            else:
-                latents = ddim_sample(
-                    predict, schedule, condition, shape, noise, steps, index.eta, guidance, index.guidance_rescale, callback=tick
-                )
-        with watch.stage("decode"):
-            frames = codec.decode(latents)
+            for done, condition in enumerate(conditions):
+
+                def tick(step: int, total: int, _x0: Tensor, done: int = done) -> None:
+                    report("sample", (done + step / total) / len(conditions))
+
+                shape = condition.latents.shape
+                if sampler == "few_step":
+                    latents.append(few_step_sample(predict, schedule, condition, shape, noise, steps, callback=tick))
+                else:
+                    how = (steps, index.eta, guidance, index.guidance_rescale)
+                    latents.append(ddim_sample(predict, schedule, condition, shape, noise, *how, callback=tick))
+        frames: list[Tensor] = []
+        with watch.stage("decode") as report:
+            for clip in (clip for batch in latents for clip in batch.split(1)):
+                report("decode", len(frames) / len(prepared.segments))
+                frames.append(codec.decode(clip)[0])
         video = torch.cat([frames[0], *(f[1:] for f in frames[1:])])  # neighbours share a frame
         timings = {**prepared.timings, **watch.timings}
         return Result(VideoClip(video), prepared.renders, prepared.renders.cameras, prepared, timings)
+
+
+def find_model(name_or_dir: str | os.PathLike[str]) -> Path:
+    """The directory of a model given by name or path; UserError where there is none."""
+    path = BUNDLED.get(str(name_or_dir), Path(name_or_dir))
+    if path.exists():
+        return path
+    if str(name_or_dir) in BUNDLED:
+        raise UserError(f"this installation lacks the bundled model {name_or_dir}; install fvgen again or give a model directory")
+    raise UserError(f"there is no model {str(name_or_dir)!r}; use {', '.join(BUNDLED)} or the path of a model directory")
 
 
 def choose_device(name: str) -> str:
@@ -262,6 +303,21 @@ def check_sampling(sampler: str, steps: int) -> None:
         raise UserError(f"unknown sampler {sampler!r}; use {' or '.join(SAMPLERS)}")
     if not 1 <= steps <= 1000:
         raise UserError(f"the number of steps must be between 1 and 1000, not {steps}")
+
+
+def check_segments(segments: Sequence[range]) -> None:
+    """Raises UserError for more frames between two photos than are generated together."""
+    longest = max(len(s) for s in segments)
+    if longest > MAX_FRAMES:
+        raise UserError(
+            f"the path has {longest} frames in a row without a photo, at most {MAX_FRAMES} can be generated together; "
+            "shorten it, for example with cameras:FILE:FIRST-LAST"
+        )
+
+
+def nearest_aspect(sizes: Sequence[tuple[int, int]], of: tuple[int, int]) -> tuple[int, int]:
+    """The one of ``sizes`` (H, W) whose shape is most like ``of``."""
+    return min(sizes, key=lambda s: abs(math.log(s[0] / s[1] * of[1] / of[0])))
 
 
 def _photos(images: Photos) -> ImageSet:

@@ -1,4 +1,4 @@
-"""Markers, and the folder of golden reference values (``FVGEN_GOLDEN``, default ``../shared/golden`` beside a checkout)."""
+"""Settings of the test session: what is skipped on a machine without GPUs, and the number of threads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    if needed:
+        import torch
+
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found < needed:
+            pytest.skip(f"needs {needed} CUDA device{'s' if needed > 1 else ''}, this machine has {found}")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _few_threads() -> None:
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // workers))

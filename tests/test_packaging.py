@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,37 @@ def test_unknown_build_switch_is_an_error(value):
     done = subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode != 0
     assert "FVGEN_BUILD_CUDA" in done.stderr
+
+
+def test_one_version():
+    import fvgen
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fvgen.__version__
+    assert f"version: {fvgen.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {fvgen.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+PTXAS = """\
+ptxas info    : Compiling entry function '_Z4goodPf' for 'sm_90'
+ptxas info    : Function properties for _Z4goodPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers
+ptxas info    : Compiling entry function '_Z3badPf' for 'sm_90'
+ptxas info    : Function properties for _Z3badPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "status"), [(PTXAS, 1), (PTXAS.partition("ptxas info    : Compiling entry function '_Z3")[0], 0), ("", 1)]
+)
+def test_spills_are_found(tmp_path, monkeypatch, capsys, log, status):
+    spec = importlib.util.spec_from_file_location("check_spills", ROOT / "tools" / "check_spills.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    (tmp_path / "build.log").write_text(log)
+    monkeypatch.setattr(sys, "argv", ["check_spills.py", str(tmp_path / "build.log")])
+    assert tool.main() == status
+    assert ("_Z3badPf (sm_90): 20 bytes spilled, 255 registers" in capsys.readouterr().out) == ("_Z3bad" in log)

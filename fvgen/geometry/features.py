@@ -66,6 +66,7 @@ def _best(similarity: np.ndarray, max_ratio: float) -> np.ndarray:
 
 
 def skew(v: np.ndarray) -> np.ndarray:
+    """Matrix of the cross product: ``skew(v) @ x = cross(v, x)``."""
     return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
 
 

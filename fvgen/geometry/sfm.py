@@ -58,6 +58,7 @@ def estimate_cameras(images: ImageSet, found: list[ft.Features] | None = None) -
 
 
 def too_few(names: tuple[str, ...], first: int, second: int, count: int, known_cameras: bool = False) -> UserError:
+    """The error for two photos with too few common points."""
     a, b = (names[i] if i < len(names) else f"number {i + 1}" for i in (first, second))
     if known_cameras:
         return UserError(
@@ -69,6 +70,7 @@ def too_few(names: tuple[str, ...], first: int, second: int, count: int, known_c
 
 
 def one_place(names: tuple[str, ...], first: int, second: int) -> UserError:
+    """The error for two photos without a baseline."""
     a, b = (names[i] if i < len(names) else f"number {i + 1}" for i in (first, second))
     return UserError(f"the photos {a} and {b} were taken from the same place; move sideways between the photos to see depth")
 
@@ -164,10 +166,13 @@ def _colmap_model(images: ImageSet, focal: float, start: tuple[int, int] | None)
         reader.camera_model = "SIMPLE_PINHOLE"
         reader.camera_params = f"{focal},{width / 2},{height / 2}"
         names = [_file_name(i) for i in range(len(images))]
-        pycolmap.extract_features(
-            database, root, names, pycolmap.CameraMode.SINGLE, reader_options=reader, device=pycolmap.Device.cpu
-        )
-        pycolmap.match_exhaustive(database, device=pycolmap.Device.cpu)
+        mode = pycolmap.CameraMode.SINGLE
+        database.touch()
+        pycolmap.import_images(database, root, mode, names, reader)  # else they are numbered in the order in which threads finish
+        pycolmap.extract_features(database, root, names, mode, reader_options=reader, device=pycolmap.Device.cpu)
+        verification = pycolmap.TwoViewGeometryOptions()
+        verification.ransac.random_seed = 0  # else the draws depend on which thread takes a pair
+        pycolmap.match_exhaustive(database, verification_options=verification, device=pycolmap.Device.cpu)
         best = None
         for least_angle in LEAST_ANGLES_DEG:
             options = _mapper_options(least_angle)
@@ -189,6 +194,7 @@ def _mapper_options(least_angle: float) -> Any:
     options.min_model_size = 2
     options.multiple_models = False
     options.num_threads = 1
+    options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = 0
     options.ba_refine_focal_length = False
     options.mapper.abs_pose_refine_focal_length = False
     options.ba_use_gpu = False

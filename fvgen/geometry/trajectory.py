@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def parse_trajectory(spec: str) -> Trajectory:
     - ``spiral:deg=8,turns=1``: a loop of that half angle, looking at the centre, starting and ending at the photo.
     - ``dolly:forward=0.2``: along the viewing axis, in fractions of the median depth.
     - ``target:phi=,theta=,r=,x=,y=``: ViewCrafter's relative target; degrees, fraction of the centre depth, pixels.
-    - ``txt:FILE``: ViewCrafter's text file of phi, theta and r lists. ``cameras:FILE``: transforms.json or COLMAP model.
+    - ``txt:FILE``: ViewCrafter's text file of phi, theta and r lists. ``cameras:FILE``: transforms.json or COLMAP model;
+      ``cameras:FILE:FIRST-LAST`` takes only those of its cameras, counted from 0, both included.
 
     Raises:
         UserError: unknown name or parameter, a value that is no finite number, no motion at all, or a missing file.
@@ -53,9 +55,13 @@ def parse_trajectory(spec: str) -> Trajectory:
     if name in FILES:
         if not rest:
             raise UserError(f"the path {name} needs a file: {name}:FILE")
-        if not Path(rest).exists():
-            raise UserError(f"{rest} does not exist; check the file of the path {name}")
-        return Trajectory(name, file=Path(rest))
+        file, wanted = rest, re.fullmatch(r"(.+):(\d+)-(\d+)", rest)
+        picked: dict[str, float] = {}
+        if name == "cameras" and wanted and not Path(rest).exists():
+            file, picked = wanted[1], {"first": int(wanted[2]), "last": int(wanted[3])}
+        if not Path(file).exists():
+            raise UserError(f"{file} does not exist; check the file of the path {name}")
+        return Trajectory(name, picked, Path(file))
     if name not in NUMBERS:
         raise UserError(f"unknown camera path {name!r}; known paths: {', '.join([*NUMBERS, *FILES])}")
     numbers = dict(NUMBERS[name])
@@ -90,8 +96,7 @@ def target_cameras(scene: Scene, trajectory: Trajectory | str = "smooth", frames
         raise UserError(f"a camera path needs at least 2 frames, not {frames}")
     cameras, name, numbers = scene.cameras, trajectory.name, trajectory.numbers
     if name == "cameras":
-        assert trajectory.file is not None
-        return _from_file(trajectory.file, cameras.image_size)
+        return _from_file(trajectory, cameras.image_size)
     if name in ("smooth", "interp"):
         if len(cameras) < 2:
             raise UserError(f"the path {name} needs two photos or more; with one photo use orbit, spiral, dolly, target or txt")
@@ -207,7 +212,27 @@ def read_text_path(file: Path) -> tuple[list[float], list[float], list[float]]:
     return lists[0], lists[1], lists[2]
 
 
-def _from_file(file: Path, image_size: tuple[int, int]) -> Cameras:
-    from fvgen.io.cameras import read_cameras, read_entries
+def path_names(trajectory: Trajectory) -> list[str]:
+    """The file names that a ``cameras`` path lists for its frames.
 
-    return read_cameras(file, [entry.name for entry in read_entries(file)], image_size)
+    Raises:
+        UserError: the file is damaged or has fewer cameras than asked for.
+    """
+    from fvgen.io.cameras import read_entries
+
+    assert trajectory.file is not None
+    names = [entry.name for entry in read_entries(trajectory.file)]
+    first, last = int(trajectory.numbers.get("first", 0)), int(trajectory.numbers.get("last", len(names) - 1))
+    if not first < last < len(names):
+        raise UserError(
+            f"{trajectory.file} has the cameras 0 to {len(names) - 1}, so that {first}-{last} is no path; "
+            "give FIRST-LAST with FIRST below LAST"
+        )
+    return names[first : last + 1]
+
+
+def _from_file(trajectory: Trajectory, image_size: tuple[int, int]) -> Cameras:
+    from fvgen.io.cameras import read_cameras
+
+    assert trajectory.file is not None
+    return read_cameras(trajectory.file, path_names(trajectory), image_size)

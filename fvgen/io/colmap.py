@@ -42,6 +42,7 @@ class ColmapImage:
 
 
 def is_colmap_model(folder: Path) -> bool:
+    """Whether the folder holds cameras and images of a COLMAP model, text or binary."""
     return any((folder / f"cameras.{ext}").is_file() and (folder / f"images.{ext}").is_file() for ext in ("bin", "txt"))
 
 

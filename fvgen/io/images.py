@@ -59,7 +59,11 @@ def image_size(path: str | PathLike[str]) -> tuple[int, int]:
     """(H, W) of an image file as :func:`read_images` would return it, from its header alone."""
     image = _open(Path(path))
     width, height = image.size
-    return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
+    try:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # reads the pixels of a PNG
+    except Exception as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); export the photo again") from None
+    return (width, height) if turned else (height, width)
 
 
 def _open(path: Path) -> Image.Image:

@@ -47,7 +47,7 @@ def _write_with_opencv(path: Path, frames: np.ndarray, fps: int) -> None:
     import cv2
 
     height, width = frames.shape[1:3]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
     if not writer.isOpened():
         raise RuntimeError("no video encoder found; install PyAV with `pip install av`")
     for frame in frames:

@@ -86,6 +86,7 @@ class ModelBundle:
         Raises:
             UserError: it is no model directory, is of another kind, or a part of it is missing or does not fit.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         root = Path(directory)
@@ -98,9 +99,12 @@ class ModelBundle:
         for name in COMPONENTS:
             try:
                 parts[name] = _cast(_load(name, root / name), device, dtype).eval()
-            except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise UserError(f"the {name} in {root} cannot be loaded ({str(error).splitlines()[0]}); save it again") from error
-        prompts = load_file(root / PROMPT_FILE)
+        try:
+            prompts = load_file(root / PROMPT_FILE)
+        except SafetensorError as error:
+            raise UserError(f"{root / PROMPT_FILE} cannot be loaded ({error}); save the model again") from error
         if not {"prompt", "empty"} <= set(prompts):
             raise UserError(f"{root / PROMPT_FILE} must hold the tensors prompt and empty, has {sorted(prompts)}")
         prompt, empty = (prompts[k].to(device=device, dtype=dtype) for k in ("prompt", "empty"))

@@ -42,6 +42,8 @@ class ProjectorFeedForward(nn.Module):
 
 
 class ProjectorLayer(nn.Module):
+    """The queries attend to the image and to themselves; then a feed-forward layer. Both are residual."""
+
     def __init__(self, dim: int, heads: int, head_dim: int, ff_mult: int) -> None:
         super().__init__()
         self.attn = ProjectorAttention(dim, heads, head_dim)

@@ -1,0 +1,76 @@
+"""``fvgen generate``: photos to video."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, true_frames
+from fvgen.cli.output import tell, write_outputs
+from fvgen.cli.progress import Stages
+from fvgen.cli.report import directory_sha256
+from fvgen.io import read_images
+from fvgen.models.bundle import read_index
+from fvgen.pipeline import FVGenPipeline, Prepared, Stopwatch, check_sampling, choose_device, find_model, nearest_aspect
+
+LITTLE = 0.25  # share of covered pixels below which most of a frame is invented
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generates, writes and says where things are."""
+    tell(arguments, generate(arguments))
+
+
+def generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generates and writes; returns the report."""
+    photo_sizes = check_photos(arguments.photos)
+    frames = count_frames(arguments)
+    device = choose_device(arguments.device)
+    check_sampling(arguments.sampler, arguments.steps)
+    model = find_model(arguments.model)
+    index = read_index(model)
+    truth = true_frames(arguments, frames)
+    check_resources(arguments, photo_sizes, frames, nearest_aspect(index.sizes(), photo_sizes[0]))
+    with Stages() as stages:
+        import torch
+
+        watch = Stopwatch(torch.device(device), stages)
+        with watch.stage("load"):
+            pipeline = FVGenPipeline.from_pretrained(arguments.model, device)
+            photos = read_images(arguments.photos)
+            facts: dict[str, Any] = {
+                "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)}
+            }
+        result = pipeline(
+            photos,
+            arguments.cameras,
+            arguments.trajectory,
+            arguments.frames,
+            arguments.steps,
+            arguments.sampler,
+            arguments.seed,
+            stages,
+        )
+        watch.timings.update(result.timings)
+        prepared = result.prepared
+        facts["sizes"] = sizes(photo_sizes, prepared)
+        report = write_outputs(arguments, prepared, result.video.rgb, truth, facts, watch)
+    warn(report)
+    return report
+
+
+def sizes(photos: list[tuple[int, int]], prepared: Prepared) -> dict[str, list[int]]:
+    """[W, H] of the photos, of the point maps and of the clip."""
+    all_sizes = {"photos": photos[0], "geometry": prepared.scene.images.size, "clip": prepared.renders.cameras.image_size}
+    return {name: [width, height] for name, (height, width) in all_sizes.items()}
+
+
+def warn(report: dict[str, Any]) -> None:
+    """Says on stderr what makes the result doubtful."""
+    warnings = list(report["geometry"]["warnings"])
+    covered = sum(report["coverage"]) / len(report["coverage"])
+    if covered < LITTLE:
+        warnings.append(f"points cover only {covered:.0%} of the frames; take photos closer together or choose a shorter path")
+    for text in warnings:
+        print(f"fvgen: warning: {text}", file=sys.stderr)

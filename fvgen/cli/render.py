@@ -1,0 +1,43 @@
+"""``fvgen render``: photos to point-cloud renders."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from fvgen.cli.generate import sizes, warn
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, true_frames
+from fvgen.cli.output import tell, write_outputs
+from fvgen.cli.progress import Stages
+from fvgen.io import read_images
+from fvgen.pipeline import Stopwatch, choose_device, prepare
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Renders, writes and says where things are."""
+    photo_sizes = check_photos(arguments.photos)
+    frames = count_frames(arguments)
+    device = choose_device(arguments.device)
+    truth = true_frames(arguments, frames)
+    check_resources(arguments, photo_sizes, frames, arguments.size or (448, 448))
+    with Stages() as stages:
+        watch = Stopwatch(torch.device(device), stages)
+        with watch.stage("load"):
+            photos = read_images(arguments.photos)
+        prepared = prepare(
+            photos,
+            arguments.cameras,
+            arguments.trajectory,
+            arguments.frames,
+            arguments.size,
+            device,
+            stages,
+            compositor=arguments.compositor,
+            radius=arguments.radius,
+            points_per_pixel=arguments.points_per_pixel,
+        )
+        watch.timings.update(prepared.timings)
+        report = write_outputs(arguments, prepared, None, truth, {"sizes": sizes(photo_sizes, prepared)}, watch)
+    warn(report)
+    tell(arguments, report)

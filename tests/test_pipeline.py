@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fvgen.geometry.coincide import coincident_photos
+from fvgen.models.bundle import ModelBundle
+from fvgen.pipeline import FVGenPipeline, check_segments, choose_device, find_model, nearest_aspect, prepare
+from fvgen.recipes.presets import get_preset
+from fvgen.types import Cameras, ImageSet
+from fvgen.utils.errors import UserError
+from tests.geometry.synthetic import capture, pose
+
+SIZE = (120, 192)
+
+
+@pytest.fixture(scope="module")
+def photos() -> tuple[ImageSet, Cameras]:
+    images, cameras, _ = capture([pose((0.2 * i - 0.2, 0.0, 0.0), (0.0, -2.0 * i, 0.0)) for i in range(3)], SIZE)
+    return images, cameras
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FVGenPipeline:
+    tiny = get_preset("tiny")
+    unet = {**tiny.unet, "model_channels": 32, "channel_mult": (1, 1), "attention_resolutions": (1, 2)}
+    vae = {**tiny.vae, "block_out_channels": (16, 16, 16)}
+    index = replace(tiny.index, height=40, width=64)
+    return FVGenPipeline(ModelBundle.random(replace(tiny, index=index, unet=unet, vae=vae)))
+
+
+def test_same_video_from_same_seed(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]) -> None:
+    seen: list[tuple[str, float]] = []
+    first = pipeline(*photos, num_frames=3, seed=4, callback=lambda stage, fraction: seen.append((stage, fraction)))
+    prepared = first.prepared
+    assert first.video.rgb.shape == (5, 3, 40, 64)
+    assert prepared.segments == (range(0, 3), range(2, 5))
+    assert prepared.photo_frames == (0, 2, 4)
+    assert prepared.photo_indices == (0, 1, 2)
+    assert torch.equal(first.renders.rgb[[0, 2, 4]], prepared.photos)
+    assert torch.equal(pipeline.generate(prepared, seed=4).video.rgb, first.video.rgb)
+    assert not torch.equal(pipeline.generate(prepared, seed=5).video.rgb, first.video.rgb)
+    stages = list(dict.fromkeys(stage for stage, _ in seen))
+    assert stages == ["read", "geometry", "path", "render", "encode", "sample", "decode"]
+    assert all(0 <= fraction <= 1 for _, fraction in seen)
+    assert list(first.timings) == stages
+
+
+def test_segments_of_unequal_length(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]) -> None:
+    prepared = prepare(*photos, num_frames=3, size=(40, 64))
+    uneven = replace(prepared, segments=(range(0, 2), range(1, 5)))
+    assert pipeline.generate(uneven, steps=1).video.rgb.shape[0] == 5
+
+
+def test_portrait(pipeline: FVGenPipeline) -> None:
+    assert pipeline.clip_size(torch.rand(2, 3, 200, 100)) == (64, 40)
+    assert pipeline.clip_size(torch.rand(2, 3, 100, 120)) == (40, 64)
+    assert nearest_aspect([(10, 20), (20, 10)], (3, 4)) == (10, 20)
+
+
+def test_coincident_photos(photos: tuple[ImageSet, Cameras]) -> None:
+    _, cameras = photos
+    assert coincident_photos(cameras[[2, 2, 0, 1]], cameras) == {0: 2, 2: 0, 3: 1}
+    moved = cameras.world_from_cam.clone()
+    moved[0, 0, 3] += 0.01
+    assert coincident_photos(replace(cameras, world_from_cam=moved), cameras) == {1: 1, 2: 2}
+    zoomed = cameras.K.clone()
+    zoomed[1, 0, 0] *= 1.1
+    assert coincident_photos(replace(cameras, K=zoomed), cameras) == {0: 0, 2: 2}
+
+
+def test_bad_arguments(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]) -> None:
+    for call in (
+        lambda: pipeline(*photos, sampler="magic"),
+        lambda: pipeline(*photos, steps=0),
+        lambda: prepare(*photos, num_frames=1),
+        lambda: prepare(*photos, num_frames=65),
+        lambda: prepare(*photos, trajectory="nowhere"),
+        lambda: check_segments([range(65)]),
+        lambda: choose_device("tpu"),
+        lambda: find_model("nowhere"),
+    ):
+        with pytest.raises(UserError):
+            call()
