@@ -31,7 +31,7 @@ def clip_preprocess(image: Tensor, size: int = 224) -> Tensor:
 
 @cache
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept, because a copy from the host cannot be recorded in a CUDA graph; an ordinary tensor even if first used for inference."""
+    """Kept, because a copy from the host cannot be recorded in a CUDA graph; ordinary tensors even if first used in inference."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
