@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +19,13 @@ from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
 from fvgen.geometry.trajectory import parse_trajectory, target_cameras
 from fvgen.io import read_cameras, read_images
 from fvgen.render import put_photos, render_scene
+from fvgen.sampling import ModelSampler
 from fvgen.types import Cameras, ImageSet, RenderClip, Scene, VideoClip
+from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
+from fvgen.utils.stopwatch import Progress, Stopwatch
 
 Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
-Progress = Callable[[str, float], None]
 BUNDLED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 SAMPLERS = ("few_step", "teacher")
 MAX_FRAMES = 64  # generated together
@@ -71,25 +71,6 @@ class Result:
     cameras: Cameras
     prepared: Prepared
     timings: dict[str, float] = field(default_factory=dict)
-
-
-class Stopwatch:
-    """Seconds per stage, with the GPU's work finished before each reading; tells ``progress`` what begins."""
-
-    def __init__(self, device: torch.device, progress: Progress | None) -> None:
-        self.timings: dict[str, float] = {}
-        self._device, self._progress = device, progress
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Progress]:
-        report = self._progress or (lambda _stage, _fraction: None)
-        report(name, 0.0)
-        start = time.perf_counter()
-        yield lambda _what, fraction: report(name, fraction)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.timings[name] = round(time.perf_counter() - start, 6)
-        report(name, 1.0)
 
 
 def prepare(
@@ -229,46 +210,30 @@ class FVGenPipeline:
         self, prepared: Prepared, steps: int = 4, sampler: str = "few_step", seed: int = 0, callback: Progress | None = None
     ) -> Result:
         """Cleans and completes the renders; arguments as in :meth:`__call__`."""
-        from fvgen.codec import Conditioner, LatentCodec
-        from fvgen.diffusion.ddim import ddim_sample
-        from fvgen.diffusion.few_step import few_step_sample
-        from fvgen.diffusion.noise import seeded_noise
-        from fvgen.diffusion.predict import unet_predictor
-        from fvgen.diffusion.schedule import NoiseSchedule
-
         check_sampling(sampler, steps)
         check_segments(prepared.segments)
-        model, index = self.bundle, self.bundle.index
         watch = Stopwatch(self.device, callback)
-        guidance = index.guidance_scale if sampler == "teacher" else 1.0
-        codec = LatentCodec(model.vae)
-        schedule = NoiseSchedule.create(index.base_scale)
-        noise = seeded_noise(seed, self.device)
-        predict = unet_predictor(model.unet, torch.bfloat16 if self.device.type == "cuda" else None)
+        model = ModelSampler(self.bundle, seed)
+        guided = sampler == "teacher" and model.index.guidance_scale != 1.0
         alike = len({len(s) for s in prepared.segments}) == 1  # clips of one length are generated together
         batches = [prepared.segments] if alike else [(s,) for s in prepared.segments]
-        clips = [torch.stack([prepared.renders.rgb[list(s)] for s in batch]).to(self.device) for batch in batches]
         with watch.stage("encode"):
-            make_condition = Conditioner(codec, model.image_encoder, model.image_projector, model.prompt, model.empty, index.fps)
-            conditions = [make_condition(clip, guidance=guidance != 1.0) for clip in clips]
-        latents = []
+            clips = [torch.stack([prepared.renders.rgb[list(s)] for s in batch]) for batch in batches]
+            conditions = [model.condition(clip, guided) for clip in clips]
+        noise, latents = model.noise(), []
+        sample = model.few_step if sampler == "few_step" else model.ddim
         with watch.stage("sample") as report:
             for done, condition in enumerate(conditions):
 
                 def tick(step: int, total: int, _x0: Tensor, done: int = done) -> None:
                     report("sample", (done + step / total) / len(conditions))
 
-                shape = condition.latents.shape
-                if sampler == "few_step":
-                    latents.append(few_step_sample(predict, schedule, condition, shape, noise, steps, callback=tick))
-                else:
-                    how = (steps, index.eta, guidance, index.guidance_rescale)
-                    latents.append(ddim_sample(predict, schedule, condition, shape, noise, *how, callback=tick))
+                latents.append(sample(condition, steps, noise=noise, callback=tick))
         frames: list[Tensor] = []
         with watch.stage("decode") as report:
             for clip in (clip for batch in latents for clip in batch.split(1)):
                 report("decode", len(frames) / len(prepared.segments))
-                frames.append(codec.decode(clip)[0])
+                frames.append(model.decode(clip)[0])
         video = torch.cat([frames[0], *(f[1:] for f in frames[1:])])  # neighbours share a frame
         timings = {**prepared.timings, **watch.timings}
         return Result(VideoClip(video), prepared.renders, prepared.renders.cameras, prepared, timings)
@@ -282,19 +247,6 @@ def find_model(name_or_dir: str | os.PathLike[str]) -> Path:
     if str(name_or_dir) in BUNDLED:
         raise UserError(f"this installation lacks the bundled model {name_or_dir}; install fvgen again or give a model directory")
     raise UserError(f"there is no model {str(name_or_dir)!r}; use {', '.join(BUNDLED)} or the path of a model directory")
-
-
-def choose_device(name: str) -> str:
-    """ "auto" resolved; a device that is not there is a UserError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {name!r}; use auto, cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("there is no usable GPU on this machine (see `fvgen doctor`); use --device cpu")
-    if name.startswith("cuda:") and not (name[5:].isdigit() and int(name[5:]) < torch.cuda.device_count()):
-        raise UserError(f"there is no device {name}; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return name
 
 
 def check_sampling(sampler: str, steps: int) -> None:

@@ -28,6 +28,7 @@ RANKS = {
     "fvgen.codec": 4,
     "fvgen.diffusion": 4,
     "fvgen.data": 5,
+    "fvgen.sampling": 5,
     "fvgen.evaluation": 6,
     "fvgen.pretrain": 7,
     "fvgen.distill": 7,

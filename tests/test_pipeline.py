@@ -7,9 +7,10 @@ import torch
 
 from fvgen.geometry.coincide import coincident_photos
 from fvgen.models.bundle import ModelBundle
-from fvgen.pipeline import FVGenPipeline, check_segments, choose_device, find_model, nearest_aspect, prepare
+from fvgen.pipeline import FVGenPipeline, check_segments, find_model, nearest_aspect, prepare
 from fvgen.recipes.presets import get_preset
 from fvgen.types import Cameras, ImageSet
+from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
 from tests.geometry.synthetic import capture, pose
 

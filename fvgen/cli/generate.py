@@ -12,7 +12,9 @@ from fvgen.cli.progress import Stages
 from fvgen.cli.report import directory_sha256
 from fvgen.io import read_images
 from fvgen.models.bundle import read_index
-from fvgen.pipeline import FVGenPipeline, Prepared, Stopwatch, check_sampling, choose_device, find_model, nearest_aspect
+from fvgen.pipeline import FVGenPipeline, Prepared, check_sampling, find_model, nearest_aspect
+from fvgen.utils.device import choose_device
+from fvgen.utils.stopwatch import Stopwatch
 
 LITTLE = 0.25  # share of covered pixels below which most of a frame is invented
 

@@ -16,7 +16,8 @@ from fvgen.io import read_images, write_ply, write_transforms
 from fvgen.io.contact_sheet import write_contact_sheet
 from fvgen.io.outputs import output_directory
 from fvgen.io.video import write_frames, write_video
-from fvgen.pipeline import Prepared, Stopwatch
+from fvgen.pipeline import Prepared
+from fvgen.utils.stopwatch import Stopwatch
 
 
 def write_outputs(

@@ -11,7 +11,9 @@ from fvgen.cli.inputs import check_photos, check_resources, count_frames, true_f
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
 from fvgen.io import read_images
-from fvgen.pipeline import Stopwatch, choose_device, prepare
+from fvgen.pipeline import prepare
+from fvgen.utils.device import choose_device
+from fvgen.utils.stopwatch import Stopwatch
 
 
 def run(arguments: argparse.Namespace) -> None:

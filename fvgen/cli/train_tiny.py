@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fvgen.cli.parser import given
 from fvgen.io.outputs import check_output
-from fvgen.pipeline import choose_device
+from fvgen.utils.device import choose_device
 
 
 def run(arguments: argparse.Namespace) -> None:

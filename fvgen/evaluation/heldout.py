@@ -18,8 +18,8 @@ from fvgen.data.synthetic import synthetic_pairs
 from fvgen.data.synthetic.pairs import ClipPairs
 from fvgen.evaluation.metrics import mean_psnr
 from fvgen.evaluation.provenance import provenance
-from fvgen.evaluation.sampling import ModelSampler
 from fvgen.models.bundle import ModelBundle
+from fvgen.sampling import ModelSampler
 from fvgen.utils.errors import UserError
 
 HELD_OUT_SEED = 1 << 40  # training worlds are numbered elsewhere
@@ -71,8 +71,8 @@ def held_out_scores(
     values: dict[str, list[float]] = {}
     for pairs in _held_out_pairs(bundle, clips, batch, sampler.device):
         condition = sampler.condition(pairs.render, guidance=scale != 1.0)
-        videos = {"render": pairs.render, "generated": sampler.few_step(condition)}
-        videos |= {f"teacher{n}": sampler.ddim(condition, n, scale) for n in ddim_steps}
+        videos = {"render": pairs.render, "generated": sampler.decode(sampler.few_step(condition))}
+        videos |= {f"teacher{n}": sampler.decode(sampler.ddim(condition, n, scale)) for n in ddim_steps}
         videos["vae"] = sampler.reconstruct(pairs.target)
         for name, video in videos.items():
             for key, psnr in clip_scores(name, video, pairs.target, pairs.coverage).items():

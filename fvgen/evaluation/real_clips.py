@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fvgen.evaluation.heldout import clip_scores, table
-from fvgen.evaluation.sampling import ModelSampler
 from fvgen.geometry import estimate_scene
 from fvgen.geometry.resize import fit
 from fvgen.io import read_cameras, read_images
 from fvgen.io.contact_sheet import write_contact_sheet
 from fvgen.models.bundle import ModelBundle
 from fvgen.render import put_photos, render_scene
+from fvgen.sampling import ModelSampler
 from fvgen.types import ImageSet, RenderClip
 from fvgen.utils.errors import UserError
 
@@ -132,7 +132,7 @@ def real_clip_scores(
     videos = {
         "nearest": clip.nearest(),
         "render": clip.renders.rgb,
-        "generated": sampler.few_step(sampler.condition(clip.renders.rgb), steps)[0],
+        "generated": sampler.decode(sampler.few_step(sampler.condition(clip.renders.rgb), steps))[0],
         "vae": sampler.reconstruct(clip.truth)[0],
     }
     scores = {"coverage": float(clip.renders.coverage[1:-1].float().mean())}

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fvgen import sampling
 from fvgen.data.synthetic import synthetic_pairs
 from fvgen.diffusion.schedule import NoiseSchedule
-from fvgen.evaluation import heldout, sampling
+from fvgen.evaluation import heldout
 from fvgen.evaluation.heldout import HELD_OUT_SEED, clip_scores, held_out_scores
-from fvgen.evaluation.sampling import ModelSampler
 from fvgen.models.bundle import ModelBundle
 from fvgen.recipes.presets import get_preset
+from fvgen.sampling import ModelSampler
 from fvgen.types import Condition
 from fvgen.utils.errors import UserError
 
@@ -48,7 +49,7 @@ def test_a_network_that_knows_the_truth_scores_what_the_vae_scores(bundle: Model
     """v = (a x - s x0) / b is the velocity that leads to x0 from any x; DDIM adds a little noise at its end."""
     index = bundle.index
     truth = synthetic_pairs(torch.tensor([HELD_OUT_SEED]), (32, 64), 4, compositor=index.compositor).target
-    clean = ModelSampler(bundle)._codec.encode(truth)
+    clean = ModelSampler(bundle).codec.encode(truth)
     schedule = NoiseSchedule.create(index.base_scale)
 
     def oracle(*_: object) -> object:
