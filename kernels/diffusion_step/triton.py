@@ -81,7 +81,7 @@ def _squares(p_sums, count, programs, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
     for first in range(0, programs, BLOCK_P):
         o_p = first + tl.arange(0, BLOCK_P)
         total += tl.load(p_sums + o_p, mask=o_p < programs, other=0.0)
-    mean = tl.sum(total) / count.to(tl.float32)
+    mean = tl.sum(total) / tl.cast(count, tl.float32)
     squares = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, programs, BLOCK_P):
         o_p = first + tl.arange(0, BLOCK_P)

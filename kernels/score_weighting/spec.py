@@ -76,6 +76,7 @@ SPEC = OpSpec(
         Case("unguided", partial(_inputs, shape=(3, 7, 11), guided=False, divergence="jensen_shannon")),
         Case("no_rescale", partial(_inputs, shape=(3, 50), rescale=0.0, divergence="reverse_kl")),
         Case("across_programs", partial(_inputs, shape=(2, 4, 2053), divergence="forward_kl")),
+        Case("one_element", partial(_inputs, shape=(3, 1), rescale=0.0)),
         Case("neyman", partial(_inputs, shape=(5, 3, 3), divergence="neyman")),
     ),
     benchmarks=(

@@ -36,7 +36,7 @@ def _total(sums_ptr, i_b, kind: tl.constexpr, programs, SUMS: tl.constexpr, BLOC
 def _factor(spread_ptr, i_b, count, programs, rescale, RESCALED: tl.constexpr, SUMS: tl.constexpr, BLOCK_P: tl.constexpr):
     """What the guided velocity is multiplied by: rescale std(cond) / std(guided) + 1 - rescale."""
     if RESCALED:
-        n = count.to(tl.float32)
+        n = tl.cast(count, tl.float32)
         c1 = _total(spread_ptr, i_b, 0, programs, SUMS, BLOCK_P)
         c2 = _total(spread_ptr, i_b, 1, programs, SUMS, BLOCK_P)
         g1 = _total(spread_ptr, i_b, 2, programs, SUMS, BLOCK_P)
@@ -107,7 +107,7 @@ def gradient_kernel(
         h = tl.minimum(tl.exp(l), clip)
     if DIVERGENCE == 4:
         h = tl.minimum(tl.exp(-l), clip)
-    n = count.to(tl.float32)
+    n = tl.cast(count, tl.float32)
     m = _total(sums_ptr, i_b, 0, programs, SUMS, BLOCK_P) / n + epsilon
     factor = _factor(spread_ptr, i_b, count, programs, rescale, RESCALED, SUMS, BLOCK_P)
     _, b_g = _guided(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)

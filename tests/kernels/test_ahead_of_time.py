@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,13 @@ def test_compiles_without_spilling(kernel, capability, tmp_path):
     assert usage["REG"] <= 255
     assert usage["STACK"] == 0
     assert usage["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_for_sizes_of_one(kernel):
+    """Triton turns an integer argument that equals 1 into a constant, which has fewer methods than a number."""
+    sizes = [name for name, kind in kernel.signature.items() if kind in ("i32", "i64")]
+    for ones in (*([name] for name in sizes), sizes):
+        signature = {name: kind for name, kind in kernel.signature.items() if name not in ones}
+        constants = {**kernel.constants, **dict.fromkeys(ones, 1)}
+        replace(kernel, signature=signature, constants=constants).compile(90)

@@ -1,0 +1,316 @@
+"""Triton version: channel statistics per block of rows, their combination in a fixed order, then one pass that normalises.
+
+A group that fits into registers is done by one program in a single pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fvgen.kernels.group_norm_silu.reference import is_small
+
+ROWS = 128  # rows per program, in tiles of BLOCK_R x BLOCK_C
+BLOCK_R, BLOCK_C = 32, 64
+
+
+@triton.jit
+def _d_silu(b_z):
+    b_s = tl.sigmoid(b_z)
+    return b_s * (1.0 + b_z * (1.0 - b_s))
+
+
+@triton.jit
+def _embedding(emb_ptr, o_e, m_c, HAS_EMB: tl.constexpr):
+    if HAS_EMB:
+        return tl.load(emb_ptr + o_e, mask=m_c, other=0.0).to(tl.float32)
+    return tl.zeros(o_e.shape, tl.float32)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr, emb_ptr, partial_ptr, rows, channels, programs,
+    HAS_EMB: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of each channel over ROWS rows: tiles in two passes, joined by Chan's formula."""
+    i_x = tl.program_id(0).to(tl.int64)
+    i_n, i_p = i_x // programs, i_x % programs
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    b_mean = tl.zeros([BLOCK_C], tl.float32)
+    b_square = tl.zeros([BLOCK_C], tl.float32)
+    for i_r in tl.static_range(0, ROWS, BLOCK_R):
+        first = i_p * ROWS + i_r
+        o_r = first + tl.arange(0, BLOCK_R)
+        m_x = (o_r < rows)[:, None] & m_c[None, :]
+        b_x = tl.load(x_ptr + (i_n * rows + o_r)[:, None] * channels + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+        before = tl.minimum(rows - i_p * ROWS, i_r).to(tl.float32)
+        count = tl.maximum(tl.minimum(rows - first, BLOCK_R), 0).to(tl.float32)
+        b_tile = tl.sum(b_x, 0) / tl.maximum(count, 1.0)
+        b_off = tl.where(m_x, b_x - b_tile[None, :], 0.0)
+        b_delta = b_tile - b_mean
+        share = count / (before + count)
+        b_mean += b_delta * share
+        b_square += tl.sum(b_off * b_off, 0) + b_delta * b_delta * (before * share)
+    p_out = partial_ptr + 2 * i_x * channels + o_c
+    tl.store(p_out, b_mean + _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB), mask=m_c)
+    tl.store(p_out + channels, b_square, mask=m_c)
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr, mean_ptr, rstd_ptr, eps, rows, channels, groups, programs,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of a group from those of its channels and blocks of rows."""
+    i_g = tl.program_id(0).to(tl.int64)
+    i_n = i_g // groups
+    width = channels // groups
+    o_j = tl.arange(0, BLOCK_J)
+    m_j = o_j < width
+    p_mean = partial_ptr + 2 * i_n * programs * channels + (i_g % groups) * width
+    shift = tl.load(p_mean)
+    size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        o_p = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        m_p = (o_p < programs)[:, None] & m_j[None, :]
+        b_count = tl.minimum(rows - o_p * ROWS, ROWS).to(tl.float32)[:, None]
+        b_m = tl.load(p_mean + 2 * o_p[:, None] * channels + o_j[None, :], mask=m_p, other=0.0)
+        b_sum += tl.where(m_p, (b_m - shift) * b_count, 0.0)
+    mean = shift + tl.sum(tl.sum(b_sum, 1), 0) / size
+    b_square = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        o_p = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        m_p = (o_p < programs)[:, None] & m_j[None, :]
+        b_count = tl.minimum(rows - o_p * ROWS, ROWS).to(tl.float32)[:, None]
+        p_p = p_mean + 2 * o_p[:, None] * channels + o_j[None, :]
+        b_m = tl.load(p_p, mask=m_p, other=0.0) - mean
+        b_q = tl.load(p_p + channels, mask=m_p, other=0.0)
+        b_square += tl.where(m_p, b_q + b_m * b_m * b_count, 0.0)
+    variance = tl.sum(tl.sum(b_square, 1), 0) / size
+    tl.store(mean_ptr + i_g, mean)
+    tl.store(rstd_ptr + i_g, 1.0 / tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def normalise_kernel(
+    x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, rows, channels, groups, programs,
+    HAS_EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """silu((x + emb - mean) rstd weight + bias)."""
+    i_x = tl.program_id(0).to(tl.int64)
+    i_n, i_p = i_x // programs, i_x % programs
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    o_g = i_n * groups + o_c // (channels // groups)
+    b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
+    b_emb = _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB)
+    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
+    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for i_r in range(0, ROWS, BLOCK_R):
+        o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
+        m_x = (o_r < rows)[:, None] & m_c[None, :]
+        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
+        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) + b_emb[None, :] - b_mean[None, :]
+        b_y = b_x * b_w[None, :] + b_b[None, :]
+        if SILU:
+            b_y *= tl.sigmoid(b_y)
+        tl.store(out_ptr + o_x, b_y.to(out_ptr.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def small_kernel(
+    x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, eps, rows, channels, groups,
+    HAS_EMB: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The whole group in registers."""
+    i_g = tl.program_id(0).to(tl.int64)
+    i_n = i_g // groups
+    width = channels // groups
+    o_r, o_j = tl.arange(0, BLOCK_R).to(tl.int64), tl.arange(0, BLOCK_J)
+    m_j = o_j < width
+    m_x = (o_r < rows)[:, None] & m_j[None, :]
+    o_c = (i_g % groups) * width + o_j
+    o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
+    size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
+    b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x += _embedding(emb_ptr, i_n * channels + o_c, m_j, HAS_EMB)[None, :]
+    b_x = tl.where(m_x, b_x, 0.0)
+    mean = tl.sum(tl.sum(b_x, 1), 0) / size
+    b_x = tl.where(m_x, b_x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_x * b_x, 1), 0) / size + eps)
+    b_w = tl.load(weight_ptr + o_c, mask=m_j, other=0.0).to(tl.float32) * rstd
+    b_y = b_x * b_w[None, :] + tl.load(bias_ptr + o_c, mask=m_j, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        b_y *= tl.sigmoid(b_y)
+    tl.store(out_ptr + o_x, b_y.to(out_ptr.dtype.element_ty), mask=m_x)
+    tl.store(mean_ptr + i_g, mean)
+    tl.store(rstd_ptr + i_g, rstd)
+
+
+@triton.jit
+def sums_kernel(
+    grad_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partial_ptr, rows, channels, groups, programs,
+    HAS_EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of dz, dz xhat and xhat of each channel over ROWS rows, z being what the SiLU is applied to."""
+    i_x = tl.program_id(0).to(tl.int64)
+    i_n, i_p = i_x // programs, i_x % programs
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    o_g = i_n * groups + o_c // (channels // groups)
+    b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
+    b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
+    b_emb = _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB)
+    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_dz_sum = tl.zeros([BLOCK_C], tl.float32)
+    b_dot = tl.zeros([BLOCK_C], tl.float32)
+    b_sum = tl.zeros([BLOCK_C], tl.float32)
+    for i_r in range(0, ROWS, BLOCK_R):
+        o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
+        m_x = (o_r < rows)[:, None] & m_c[None, :]
+        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
+        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) + b_emb[None, :] - b_mean[None, :]
+        b_x = tl.where(m_x, b_x * b_rstd[None, :], 0.0)
+        b_dz = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        if SILU:
+            b_dz *= _d_silu(b_x * b_w[None, :] + b_b[None, :])
+        b_dz_sum += tl.sum(b_dz, 0)
+        b_dot += tl.sum(b_dz * b_x, 0)
+        if HAS_EMB:
+            b_sum += tl.sum(b_x, 0)
+    p_out = partial_ptr + 3 * i_x * channels + o_c
+    tl.store(p_out, b_dz_sum, mask=m_c)
+    tl.store(p_out + channels, b_dot, mask=m_c)
+    if HAS_EMB:
+        tl.store(p_out + 2 * channels, b_sum, mask=m_c)
+
+
+@triton.jit
+def combine_backward_kernel(
+    partial_ptr, weight_ptr, rstd_ptr, means_ptr, sums_ptr, grad_emb_ptr, rows, channels, groups, programs, samples,
+    HAS_EMB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Sums over all rows: one row per sample for weight and bias, the two means of a group for dx, and d emb."""
+    i_g = tl.program_id(0).to(tl.int64)
+    i_n = i_g // groups
+    width = channels // groups
+    o_j = tl.arange(0, BLOCK_J)
+    m_j = o_j < width
+    o_c = (i_g % groups) * width + o_j
+    b_dz = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    b_dot = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    b_x = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        o_p = first + tl.arange(0, BLOCK_P)
+        m_p = (o_p < programs)[:, None] & m_j[None, :]
+        p_p = partial_ptr + 3 * (i_n * programs + o_p)[:, None] * channels + o_c[None, :]
+        b_dz += tl.load(p_p, mask=m_p, other=0.0)
+        b_dot += tl.load(p_p + channels, mask=m_p, other=0.0)
+        if HAS_EMB:
+            b_x += tl.load(p_p + 2 * channels, mask=m_p, other=0.0)
+    b_dz_sum, b_dot_sum = tl.sum(b_dz, 0), tl.sum(b_dot, 0)
+    b_w = tl.load(weight_ptr + o_c, mask=m_j, other=0.0).to(tl.float32)
+    size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
+    across, along = tl.sum(b_w * b_dz_sum, 0) / size, tl.sum(b_w * b_dot_sum, 0) / size
+    tl.store(means_ptr + 2 * i_g, across)
+    tl.store(means_ptr + 2 * i_g + 1, along)
+    p_sums = sums_ptr + i_n * channels + o_c
+    tl.store(p_sums, b_dot_sum, mask=m_j)
+    tl.store(p_sums + tl.cast(samples, tl.int64) * channels, b_dz_sum, mask=m_j)
+    if HAS_EMB:
+        b_de = tl.load(rstd_ptr + i_g) * (b_w * b_dz_sum - tl.cast(rows, tl.float32) * across - along * tl.sum(b_x, 0))
+        tl.store(grad_emb_ptr + i_n * channels + o_c, b_de.to(grad_emb_ptr.dtype.element_ty), mask=m_j)
+
+
+@triton.jit
+def gradient_kernel(
+    grad_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, out_ptr, rows, channels, groups, programs,
+    HAS_EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat))."""
+    i_x = tl.program_id(0).to(tl.int64)
+    i_n, i_p = i_x // programs, i_x % programs
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    o_g = i_n * groups + o_c // (channels // groups)
+    b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
+    b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
+    b_across = tl.load(means_ptr + 2 * o_g, mask=m_c, other=0.0)
+    b_along = tl.load(means_ptr + 2 * o_g + 1, mask=m_c, other=0.0)
+    b_emb = _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB)
+    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for i_r in range(0, ROWS, BLOCK_R):
+        o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
+        m_x = (o_r < rows)[:, None] & m_c[None, :]
+        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
+        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) + b_emb[None, :] - b_mean[None, :]
+        b_x *= b_rstd[None, :]
+        b_dz = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        if SILU:
+            b_dz *= _d_silu(b_x * b_w[None, :] + b_b[None, :])
+        b_dx = b_rstd[None, :] * (b_dz * b_w[None, :] - b_across[None, :] - b_x * b_along[None, :])
+        tl.store(out_ptr + o_x, b_dx.to(out_ptr.dtype.element_ty), mask=m_x)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, rows, channels = x.shape
+    width = channels // groups
+    out = torch.empty_like(x)
+    mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+    if not x.numel():
+        return out, mean, rstd
+    has_emb, block_j = emb.numel() > 0, triton.next_power_of_2(width)
+    if is_small(rows, width):
+        small_kernel[(n * groups,)](
+            x, emb, weight, bias, mean, rstd, out, eps, rows, channels, groups,
+            HAS_EMB=has_emb, SILU=silu, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
+        )  # fmt: skip
+        return out, mean, rstd
+    programs = triton.cdiv(rows, ROWS)
+    grid = (n * programs, triton.cdiv(channels, BLOCK_C))
+    options = {"HAS_EMB": has_emb, "ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    partial = x.new_empty((n, programs, 2, channels), dtype=torch.float32)
+    statistics_kernel[grid](x, emb, partial, rows, channels, programs, **options)
+    combine_kernel[(n * groups,)](
+        partial, mean, rstd, eps, rows, channels, groups, programs,
+        ROWS=ROWS, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
+    )  # fmt: skip
+    normalise_kernel[grid](
+        x, emb, weight, bias, mean, rstd, out, rows, channels, groups, programs, SILU=silu, **options
+    )  # fmt: skip
+    return out, mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, rows, channels = x.shape
+    out, grad_emb = torch.empty_like(x), torch.empty_like(emb)
+    if not x.numel():
+        return out, torch.zeros_like(weight), torch.zeros_like(bias), grad_emb
+    has_emb, block_j = emb.numel() > 0, triton.next_power_of_2(channels // groups)
+    programs = triton.cdiv(rows, ROWS)
+    grid = (n * programs, triton.cdiv(channels, BLOCK_C))
+    options = {"HAS_EMB": has_emb, "SILU": silu, "ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    partial = x.new_empty((n, programs, 3, channels), dtype=torch.float32)
+    means = x.new_empty((n, groups, 2), dtype=torch.float32)
+    sums = x.new_empty((2, n, channels), dtype=torch.float32)
+    sums_kernel[grid](grad, x, emb, weight, bias, mean, rstd, partial, rows, channels, groups, programs, **options)
+    combine_backward_kernel[(n * groups,)](
+        partial, weight, rstd, means, sums, grad_emb, rows, channels, groups, programs, n,
+        HAS_EMB=has_emb, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
+    )  # fmt: skip
+    gradient_kernel[grid](
+        grad, x, emb, weight, bias, mean, rstd, means, out, rows, channels, groups, programs, **options
+    )  # fmt: skip
+    grad_weight, grad_bias = sums.sum(1).unbind(0)
+    # copies: an operator must not return two views of one tensor
+    return out, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True), grad_emb
