@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fvgen.kernels._triton_guidance import SUMS, guidance_spread_kernel, guided_velocity, rescale_factor
 from fvgen.kernels._triton_normal import normal_block
 
 BLOCK = 1024  # elements of one sample per program
-SUMS = 4  # partial sums per program: sum and squares about the mean, of the conditional and of the guided velocity
 
 
 @triton.jit
@@ -44,55 +44,6 @@ def student_step_kernel(
 
 
 @triton.jit
-def _guided(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED: tl.constexpr):
-    b_c = tl.load(cond_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
-    if GUIDED:
-        b_u = tl.load(uncond_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
-        return b_c, b_u + guidance * (b_c - b_u)
-    return b_c, b_c
-
-
-@triton.jit
-def _store_spread(p_sums, programs, b_x, m_n, n):
-    """Sum, and sum of squares about the program's own mean, which does not cancel."""
-    total = tl.sum(b_x)
-    b_d = tl.where(m_n, b_x - total / n, 0.0)
-    tl.store(p_sums, total)
-    tl.store(p_sums + programs, tl.sum(b_d * b_d))
-
-
-@triton.jit
-def guidance_spread_kernel(cond_ptr, uncond_ptr, spread_ptr, guidance, count, programs, SUMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Partial sums for the standard deviations of the conditional and of the guided velocity."""
-    i_b, i_n = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    o_n = i_n * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < count
-    b_c, b_g = _guided(cond_ptr, uncond_ptr, i_b * count + o_n, m_n, guidance, True)
-    n = tl.minimum(count - i_n * BLOCK, BLOCK).to(tl.float32)
-    p_sums = spread_ptr + i_b * SUMS * programs + i_n
-    _store_spread(p_sums, programs, b_c, m_n, n)
-    _store_spread(p_sums + 2 * programs, programs, b_g, m_n, n)
-
-
-@triton.jit
-def _squares(p_sums, count, programs, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Sum of squares about the mean of a sample, from its programs' partials in a fixed order."""
-    total = tl.zeros([BLOCK_P], tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        o_p = first + tl.arange(0, BLOCK_P)
-        total += tl.load(p_sums + o_p, mask=o_p < programs, other=0.0)
-    mean = tl.sum(total) / tl.cast(count, tl.float32)
-    squares = tl.zeros([BLOCK_P], tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        o_p = first + tl.arange(0, BLOCK_P)
-        m_p = o_p < programs
-        n = tl.where(m_p, tl.minimum(count - o_p * BLOCK, BLOCK), 1).to(tl.float32)
-        shift = tl.where(m_p, tl.load(p_sums + o_p, mask=m_p, other=0.0) / n - mean, 0.0)
-        squares += tl.load(p_sums + programs + o_p, mask=m_p, other=0.0) + n * shift * shift
-    return tl.sum(squares)
-
-
-@triton.jit
 def teacher_step_kernel(
     x_ptr, cond_ptr, uncond_ptr, coefficients_ptr, stream_ptr, spread_ptr, next_ptr, x0_ptr, guidance, rescale, count, quads,
     programs, GUIDED: tl.constexpr, RESCALED: tl.constexpr, NOISY: tl.constexpr, WANT_X0: tl.constexpr, SUMS: tl.constexpr,
@@ -105,12 +56,9 @@ def teacher_step_kernel(
     o_x = i_b * count + o_n
     a, b, s = tl.load(coefficients_ptr), tl.load(coefficients_ptr + 1), tl.load(coefficients_ptr + 2)
     signal, direction = tl.load(coefficients_ptr + 3), tl.load(coefficients_ptr + 4)
-    _, b_v = _guided(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)
+    _, b_v = guided_velocity(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)
     if RESCALED:
-        p_sums = spread_ptr + i_b * SUMS * programs
-        cond = _squares(p_sums, count, programs, BLOCK, BLOCK_P)
-        guided = _squares(p_sums + 2 * programs, count, programs, BLOCK, BLOCK_P)
-        b_v *= rescale * tl.sqrt(cond / guided) + (1.0 - rescale)
+        b_v *= rescale_factor(spread_ptr, i_b, count, programs, rescale, SUMS, BLOCK, BLOCK_P)
     b_x = tl.load(x_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
     b_x0 = (a * b_x - b * b_v) / s
     b_next = signal * b_x0 + direction * (a * b_v + b * b_x)

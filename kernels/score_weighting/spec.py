@@ -87,7 +87,7 @@ SPEC = OpSpec(
     cost=_cost,
     baselines={"eager": reference.score_weighting},
     kernels=(
-        _kernel("spread_kernel", "cond_ptr uncond_ptr spread_ptr guidance count programs", _COMMON),
+        _kernel("guidance_spread_kernel", "cond_ptr uncond_ptr spread_ptr guidance count programs", {"SUMS": 4, "BLOCK": 2048}),
         _kernel(
             "distance_kernel",
             "x0_ptr x_tau_ptr cond_ptr uncond_ptr fake_ptr tau_ptr tables_ptr spread_ptr sums_ptr guidance rescale count programs"

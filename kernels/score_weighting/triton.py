@@ -7,19 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fvgen.kernels._triton_guidance import SUMS, guidance_spread_kernel, guided_velocity, rescale_factor
 from fvgen.kernels.score_weighting.reference import DIVERGENCES, EPSILON
 
 BLOCK = 2048  # elements of one sample per program
-SUMS = 4  # partial sums a program may leave
-
-
-@triton.jit
-def _guided(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED: tl.constexpr):
-    b_c = tl.load(cond_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
-    if GUIDED:
-        b_u = tl.load(uncond_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
-        return b_c, b_u + guidance * (b_c - b_u)
-    return b_c, b_c
 
 
 @triton.jit
@@ -30,35 +21,6 @@ def _total(sums_ptr, i_b, kind: tl.constexpr, programs, SUMS: tl.constexpr, BLOC
         o_p = first + tl.arange(0, BLOCK_P)
         total += tl.load(sums_ptr + (i_b * SUMS + kind) * programs + o_p, mask=o_p < programs, other=0.0)
     return tl.sum(total)
-
-
-@triton.jit
-def _factor(spread_ptr, i_b, count, programs, rescale, RESCALED: tl.constexpr, SUMS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """What the guided velocity is multiplied by: rescale std(cond) / std(guided) + 1 - rescale."""
-    if RESCALED:
-        n = tl.cast(count, tl.float32)
-        c1 = _total(spread_ptr, i_b, 0, programs, SUMS, BLOCK_P)
-        c2 = _total(spread_ptr, i_b, 1, programs, SUMS, BLOCK_P)
-        g1 = _total(spread_ptr, i_b, 2, programs, SUMS, BLOCK_P)
-        g2 = _total(spread_ptr, i_b, 3, programs, SUMS, BLOCK_P)
-        return rescale * tl.sqrt((c2 - c1 * c1 / n) / (g2 - g1 * g1 / n)) + (1.0 - rescale)
-    return 1.0
-
-
-@triton.jit
-def spread_kernel(
-    cond_ptr, uncond_ptr, spread_ptr, guidance, count, programs, GUIDED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sums and sums of squares of the conditional and of the guided velocity."""
-    i_b, i_n = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    o_n = i_n * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < count
-    b_c, b_g = _guided(cond_ptr, uncond_ptr, i_b * count + o_n, m_n, guidance, GUIDED)
-    p_sums = spread_ptr + i_b * SUMS * programs + i_n
-    tl.store(p_sums, tl.sum(b_c))
-    tl.store(p_sums + programs, tl.sum(b_c * b_c))
-    tl.store(p_sums + 2 * programs, tl.sum(b_g))
-    tl.store(p_sums + 3 * programs, tl.sum(b_g * b_g))
 
 
 @triton.jit
@@ -73,9 +35,9 @@ def distance_kernel(
     o_x = i_b * count + o_n
     t = tl.load(tau_ptr + i_b)
     a, b, s = tl.load(tables_ptr + t), tl.load(tables_ptr + steps + t), tl.load(tables_ptr + 2 * steps + t)
-    factor = _factor(spread_ptr, i_b, count, programs, rescale, RESCALED, SUMS, BLOCK_P)
-    _, b_g = _guided(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)
-    b_g *= factor
+    _, b_g = guided_velocity(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)
+    if RESCALED:
+        b_g *= rescale_factor(spread_ptr, i_b, count, programs, rescale, SUMS, BLOCK, BLOCK_P)
     b_real = (a * tl.load(x_tau_ptr + o_x, mask=m_n, other=0.0).to(tl.float32) - b * b_g) / s
     b_distance = tl.abs(tl.load(x0_ptr + o_x, mask=m_n, other=0.0).to(tl.float32) - b_real)
     b_difference = b / s * (b_g - tl.load(fake_ptr + o_x, mask=m_n, other=0.0).to(tl.float32))
@@ -109,9 +71,10 @@ def gradient_kernel(
         h = tl.minimum(tl.exp(-l), clip)
     n = tl.cast(count, tl.float32)
     m = _total(sums_ptr, i_b, 0, programs, SUMS, BLOCK_P) / n + epsilon
-    factor = _factor(spread_ptr, i_b, count, programs, rescale, RESCALED, SUMS, BLOCK_P)
-    _, b_g = _guided(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)
-    b_difference = b / s * (factor * b_g - tl.load(fake_ptr + o_x, mask=m_n, other=0.0).to(tl.float32))
+    _, b_g = guided_velocity(cond_ptr, uncond_ptr, o_x, m_n, guidance, GUIDED)
+    if RESCALED:
+        b_g *= rescale_factor(spread_ptr, i_b, count, programs, rescale, SUMS, BLOCK, BLOCK_P)
+    b_difference = b / s * (b_g - tl.load(fake_ptr + o_x, mask=m_n, other=0.0).to(tl.float32))
     tl.store(out_ptr + o_x, (h / m * b_difference).to(out_ptr.dtype.element_ty), mask=m_n)
     if i_n == 0:
         root = tl.sqrt(_total(sums_ptr, i_b, 1, programs, SUMS, BLOCK_P) / n)
@@ -137,7 +100,7 @@ def score_weighting(
     spread, sums = x0.new_empty((2, x0.shape[0], SUMS, programs), dtype=torch.float32).unbind(0)
     rescaled = guided and rescale != 0.0
     if rescaled:
-        spread_kernel[grid](v_real, v_uncond, spread, guidance, count, programs, **options)
+        guidance_spread_kernel[grid](v_real, v_uncond, spread, guidance, count, programs, SUMS=SUMS, BLOCK=BLOCK)
     options |= {"RESCALED": rescaled, "BLOCK_P": block_p}
     distance_kernel[grid](
         x0, x_tau, v_real, v_uncond, v_fake, tau, tables, spread, sums, guidance, rescale, count, programs, steps, **options
