@@ -162,7 +162,8 @@ def test_doctor(fvgen: Run) -> None:
 
 
 def test_train_tiny_arguments(fvgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = pytest.importorskip("fvgen.pretrain.tiny")
+    from fvgen.pretrain import tiny
+
     seen: dict[str, object] = {}
 
     def train(**arguments: object) -> dict[str, float]:
@@ -185,11 +186,6 @@ def test_train_tiny_arguments(fvgen: Run, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_demo(fvgen: Run, report: Report, tmp_path: Path) -> None:
-    from fvgen.cli.demo import EXAMPLE
-    from fvgen.pipeline import BUNDLED
-
-    if not EXAMPLE.is_dir() or not BUNDLED["tiny"].is_dir():
-        pytest.skip("the bundled model or scene is not there")
     status, out, err = fvgen("demo", "--output", tmp_path / "demo")
     assert status == 0, err
     scores = report(tmp_path / "demo")["psnr_db"]
@@ -205,8 +201,6 @@ def test_example_can_be_written_again(tmp_path: Path) -> None:
     from fvgen.cli.demo import EXAMPLE
     from fvgen.data.synthetic.example import write_example
 
-    if not EXAMPLE.is_dir():
-        pytest.skip("the bundled scene is not there")
     write_example(tmp_path / "example")
     names = sorted(str(p.relative_to(EXAMPLE)) for p in EXAMPLE.rglob("*.*"))
     assert names == sorted(str(p.relative_to(tmp_path / "example")) for p in (tmp_path / "example").rglob("*.*"))
