@@ -1,12 +1,26 @@
-"""Group normalisation of channels-last data with SiLU and an added embedding. Rules and roofline: README.md beside this file."""
+"""Group normalisation of channels-last data with SiLU, an added embedding and a residual. Rules: README.md beside this file."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fvgen.kernels.group_norm_silu.spec import group_norm_silu_op
 
-__all__ = ["group_norm_silu"]
+__all__ = ["Normalised", "group_norm_silu", "group_norm_silu_residual"]
+
+
+class Normalised(NamedTuple):
+    """Both ``[N, R, C]`` in the dtype of x.
+
+    Attributes:
+        out: the normalised sum.
+        total: x + emb + residual, the next residual.
+    """
+
+    out: Tensor
+    total: Tensor
 
 
 def group_norm_silu(
@@ -21,7 +35,8 @@ def group_norm_silu(
         groups: divides C.
         eps: added to the variance.
         silu: False leaves the activation out.
-        emb: ``[N, C]`` added to x first, such as the time embedding between the convolutions of a residual block.
+        emb: added to x first: ``[N, C]``, such as the time embedding between the convolutions of a residual block, or ``[C]``
+            for all samples, such as a convolution's bias.
 
     Returns:
         ``[N, R, C]`` in the dtype of x.
@@ -31,6 +46,43 @@ def group_norm_silu(
     Raises:
         ValueError: shapes that do not fit together.
     """
+    return _call(x, None, weight, bias, groups, eps, silu, emb)[0]
+
+
+def group_norm_silu_residual(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    emb: Tensor | None = None,
+) -> Normalised:
+    """:func:`group_norm_silu` of ``x + emb + residual``, which is returned too.
+
+    Args:
+        residual: of the shape and dtype of x, differentiable; the statistics are those of the sum as it is returned.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"residual must be like x, {x.dtype} {list(x.shape)}, got {residual.dtype} {list(residual.shape)}")
+    return Normalised(*_call(x, residual, weight, bias, groups, eps, silu, emb))
+
+
+def _call(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    emb: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"x must have shape [N, R, C] with R > 0, got {list(x.shape)}")
     n, _, channels = x.shape
@@ -38,7 +90,7 @@ def group_norm_silu(
         raise ValueError(f"{channels} channels do not divide into {groups} groups")
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(f"weight and bias must have shape [{channels}], got {list(weight.shape)} and {list(bias.shape)}")
-    if emb is not None and emb.shape != (n, channels):
-        raise ValueError(f"emb must have shape [{n}, {channels}], got {list(emb.shape)}")
-    added = x.new_empty(0) if emb is None else emb.contiguous()
-    return group_norm_silu_op(x.contiguous(), weight.contiguous(), bias.contiguous(), added, groups, eps, silu)[0]
+    if emb is not None and emb.shape not in ((n, channels), (channels,)):
+        raise ValueError(f"emb must have shape [{n}, {channels}] or [{channels}], got {list(emb.shape)}")
+    tensors = [x.new_empty(0) if t is None else t.contiguous() for t in (x, residual, weight, bias, emb)]
+    return group_norm_silu_op(*tensors, groups, eps, silu)[:2]

@@ -1,4 +1,4 @@
-"""Group normalisation of channels-last data with SiLU and an added embedding, in plain PyTorch."""
+"""Group normalisation of channels-last data with SiLU, an added embedding and a residual, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,32 +13,46 @@ def is_small(rows: int, width: int) -> bool:
     return (1 << (rows - 1).bit_length()) * (1 << (width - 1).bit_length()) <= SMALL
 
 
-def _grouped(x: Tensor, emb: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """``[N, R, G, C / G]`` of x + emb."""
+def _added(x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:
+    """x + emb, with emb ``[N, C]``, ``[C]`` or empty."""
     x = x.to(dtype)
-    if emb.numel():
-        x = x + emb.to(dtype)[:, None]
-    return x.unflatten(2, (groups, -1))
+    return x + emb.to(dtype).unsqueeze(-2) if emb.numel() else x
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, ...]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    grouped = _grouped(x, emb, groups, compute)
+    total = _added(x, emb, compute)
+    stored = torch.empty_like(residual)
+    if residual.numel():
+        stored = (total + residual.to(compute)).to(x.dtype)
+        total = stored.to(compute)  # what the gradient sees later
+    grouped = total.unflatten(2, (groups, -1))
     mean = grouped.mean((1, 3), keepdim=True)
     rstd = ((grouped - mean).square().mean((1, 3), keepdim=True) + eps).rsqrt()
     z = ((grouped - mean) * rstd).flatten(2) * weight.to(compute) + bias.to(compute)
     out = z * torch.sigmoid(z) if silu else z
-    return out.to(x.dtype), mean[:, 0, :, 0].contiguous(), rstd[:, 0, :, 0].contiguous()
+    return out.to(x.dtype), stored, mean[:, 0, :, 0].contiguous(), rstd[:, 0, :, 0].contiguous()
 
 
 def group_norm_silu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+    grad: Tensor,
+    grad_total: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    emb: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x`` is the stored sum, with emb in it, where there is a ``grad_total``."""
     compute = mean.dtype
     scale = rstd[:, None, :, None]
-    normal = (_grouped(x, emb, groups, compute) - mean[:, None, :, None]) * scale
+    total = x.to(compute) if grad_total.numel() else _added(x, emb, compute)
+    normal = (total.unflatten(2, (groups, -1)) - mean[:, None, :, None]) * scale
     flat, w = normal.flatten(2), weight.to(compute)
     grad_z = grad.to(compute)
     if silu:
@@ -48,7 +62,11 @@ def group_norm_silu_backward(
     grad_normal = (grad_z * w).unflatten(2, (groups, -1))
     along = (grad_normal * normal).mean((1, 3), keepdim=True)
     grad_x = (scale * (grad_normal - grad_normal.mean((1, 3), keepdim=True) - normal * along)).flatten(2)
-    grad_emb = grad_x.sum(1).to(emb.dtype) if emb.numel() else torch.empty_like(emb)
+    if grad_total.numel():
+        grad_x = grad_x + grad_total.to(compute)
+    grad_emb = torch.empty_like(emb)
+    if emb.numel():
+        grad_emb = grad_x.sum(1 if emb.ndim == 2 else (0, 1)).to(emb.dtype)
     return (
         grad_x.to(x.dtype),
         (grad_z * flat).sum((0, 1)).to(weight.dtype),

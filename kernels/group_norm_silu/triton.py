@@ -23,29 +23,44 @@ def _d_silu(b_z):
 
 
 @triton.jit
-def _embedding(emb_ptr, o_e, m_c, HAS_EMB: tl.constexpr):
-    if HAS_EMB:
-        return tl.load(emb_ptr + o_e, mask=m_c, other=0.0).to(tl.float32)
-    return tl.zeros(o_e.shape, tl.float32)
+def _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB: tl.constexpr):
+    """EMB = 0: none, 1: one row for all samples, 2: a row for each."""
+    if EMB == 2:
+        emb_ptr += i_n * channels
+    if EMB:
+        return tl.load(emb_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return tl.zeros(o_c.shape, tl.float32)
 
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, emb_ptr, partial_ptr, rows, channels, programs,
-    HAS_EMB: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, residual_ptr, emb_ptr, total_ptr, partial_ptr, rows, channels, programs,
+    HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over ROWS rows: tiles in two passes, joined by Chan's formula."""
+    """Mean and sum of squared deviations of each channel over ROWS rows: tiles in two passes, joined by Chan's formula.
+
+    With a residual the sum is stored on the way. Without one the embedding only moves the mean.
+    """
     i_x = tl.program_id(0).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
+    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_mean = tl.zeros([BLOCK_C], tl.float32)
     b_square = tl.zeros([BLOCK_C], tl.float32)
-    for i_r in tl.static_range(0, ROWS, BLOCK_R):
+    # unrolled, so that loads are under way early; in full with a residual it would spill
+    for i_r in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=2 if HAS_RESIDUAL else ROWS // BLOCK_R):
         first = i_p * ROWS + i_r
         o_r = first + tl.arange(0, BLOCK_R)
         m_x = (o_r < rows)[:, None] & m_c[None, :]
-        b_x = tl.load(x_ptr + (i_n * rows + o_r)[:, None] * channels + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
+        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            b_x += b_emb[None, :]
+            b_x += tl.load(residual_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_total = b_x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + o_x, b_total, mask=m_x)
+            b_x = tl.where(m_x, b_total.to(tl.float32), 0.0)
         before = tl.minimum(rows - i_p * ROWS, i_r).to(tl.float32)
         count = tl.maximum(tl.minimum(rows - first, BLOCK_R), 0).to(tl.float32)
         b_tile = tl.sum(b_x, 0) / tl.maximum(count, 1.0)
@@ -55,7 +70,9 @@ def statistics_kernel(
         b_mean += b_delta * share
         b_square += tl.sum(b_off * b_off, 0) + b_delta * b_delta * (before * share)
     p_out = partial_ptr + 2 * i_x * channels + o_c
-    tl.store(p_out, b_mean + _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB), mask=m_c)
+    if not HAS_RESIDUAL:
+        b_mean += b_emb
+    tl.store(p_out, b_mean, mask=m_c)
     tl.store(p_out + channels, b_square, mask=m_c)
 
 
@@ -98,7 +115,7 @@ def combine_kernel(
 @triton.jit
 def normalise_kernel(
     x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, rows, channels, groups, programs,
-    HAS_EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """silu((x + emb - mean) rstd weight + bias)."""
     i_x = tl.program_id(0).to(tl.int64)
@@ -107,7 +124,7 @@ def normalise_kernel(
     m_c = o_c < channels
     o_g = i_n * groups + o_c // (channels // groups)
     b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_emb = _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB)
+    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     for i_r in range(0, ROWS, BLOCK_R):
@@ -123,8 +140,8 @@ def normalise_kernel(
 
 @triton.jit
 def small_kernel(
-    x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, eps, rows, channels, groups,
-    HAS_EMB: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+    x_ptr, residual_ptr, emb_ptr, weight_ptr, bias_ptr, total_ptr, mean_ptr, rstd_ptr, out_ptr, eps, rows, channels, groups,
+    HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The whole group in registers."""
     i_g = tl.program_id(0).to(tl.int64)
@@ -137,7 +154,12 @@ def small_kernel(
     o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
     size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
     b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_x += _embedding(emb_ptr, i_n * channels + o_c, m_j, HAS_EMB)[None, :]
+    b_x += _embedding(emb_ptr, i_n, o_c, channels, m_j, EMB)[None, :]
+    if HAS_RESIDUAL:
+        b_x += tl.load(residual_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_total = b_x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + o_x, b_total, mask=m_x)
+        b_x = b_total.to(tl.float32)
     b_x = tl.where(m_x, b_x, 0.0)
     mean = tl.sum(tl.sum(b_x, 1), 0) / size
     b_x = tl.where(m_x, b_x - mean, 0.0)
@@ -153,10 +175,14 @@ def small_kernel(
 
 @triton.jit
 def sums_kernel(
-    grad_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partial_ptr, rows, channels, groups, programs,
-    HAS_EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partial_ptr,
+    rows, channels, groups, programs, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
+    SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz, dz xhat and xhat of each channel over ROWS rows, z being what the SiLU is applied to."""
+    """Sums of dz, dz xhat, xhat and dtotal of each channel over ROWS rows, z being what the SiLU is applied to.
+
+    The last two serve d emb alone.
+    """
     i_x = tl.program_id(0).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -164,12 +190,13 @@ def sums_kernel(
     o_g = i_n * groups + o_c // (channels // groups)
     b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
-    b_emb = _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB)
+    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_dz_sum = tl.zeros([BLOCK_C], tl.float32)
     b_dot = tl.zeros([BLOCK_C], tl.float32)
     b_sum = tl.zeros([BLOCK_C], tl.float32)
+    b_dt_sum = tl.zeros([BLOCK_C], tl.float32)
     for i_r in range(0, ROWS, BLOCK_R):
         o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
         m_x = (o_r < rows)[:, None] & m_c[None, :]
@@ -181,19 +208,22 @@ def sums_kernel(
             b_dz *= _d_silu(b_x * b_w[None, :] + b_b[None, :])
         b_dz_sum += tl.sum(b_dz, 0)
         b_dot += tl.sum(b_dz * b_x, 0)
-        if HAS_EMB:
+        if EMB_SUMS:
             b_sum += tl.sum(b_x, 0)
-    p_out = partial_ptr + 3 * i_x * channels + o_c
+            if HAS_RESIDUAL:
+                b_dt_sum += tl.sum(tl.load(grad_total_ptr + o_x, mask=m_x, other=0.0).to(tl.float32), 0)
+    p_out = partial_ptr + 4 * i_x * channels + o_c
     tl.store(p_out, b_dz_sum, mask=m_c)
     tl.store(p_out + channels, b_dot, mask=m_c)
-    if HAS_EMB:
+    if EMB_SUMS:
         tl.store(p_out + 2 * channels, b_sum, mask=m_c)
+        tl.store(p_out + 3 * channels, b_dt_sum, mask=m_c)
 
 
 @triton.jit
 def combine_backward_kernel(
     partial_ptr, weight_ptr, rstd_ptr, means_ptr, sums_ptr, grad_emb_ptr, rows, channels, groups, programs, samples,
-    HAS_EMB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+    EMB_SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Sums over all rows: one row per sample for weight and bias, the two means of a group for dx, and d emb."""
     i_g = tl.program_id(0).to(tl.int64)
@@ -205,14 +235,16 @@ def combine_backward_kernel(
     b_dz = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
     b_dot = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
     b_x = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    b_dt = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
     for first in range(0, programs, BLOCK_P):
         o_p = first + tl.arange(0, BLOCK_P)
         m_p = (o_p < programs)[:, None] & m_j[None, :]
-        p_p = partial_ptr + 3 * (i_n * programs + o_p)[:, None] * channels + o_c[None, :]
+        p_p = partial_ptr + 4 * (i_n * programs + o_p)[:, None] * channels + o_c[None, :]
         b_dz += tl.load(p_p, mask=m_p, other=0.0)
         b_dot += tl.load(p_p + channels, mask=m_p, other=0.0)
-        if HAS_EMB:
+        if EMB_SUMS:
             b_x += tl.load(p_p + 2 * channels, mask=m_p, other=0.0)
+            b_dt += tl.load(p_p + 3 * channels, mask=m_p, other=0.0)
     b_dz_sum, b_dot_sum = tl.sum(b_dz, 0), tl.sum(b_dot, 0)
     b_w = tl.load(weight_ptr + o_c, mask=m_j, other=0.0).to(tl.float32)
     size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
@@ -222,17 +254,19 @@ def combine_backward_kernel(
     p_sums = sums_ptr + i_n * channels + o_c
     tl.store(p_sums, b_dot_sum, mask=m_j)
     tl.store(p_sums + tl.cast(samples, tl.int64) * channels, b_dz_sum, mask=m_j)
-    if HAS_EMB:
+    if EMB_SUMS:
         b_de = tl.load(rstd_ptr + i_g) * (b_w * b_dz_sum - tl.cast(rows, tl.float32) * across - along * tl.sum(b_x, 0))
+        b_de += tl.sum(b_dt, 0)
         tl.store(grad_emb_ptr + i_n * channels + o_c, b_de.to(grad_emb_ptr.dtype.element_ty), mask=m_j)
 
 
 @triton.jit
 def gradient_kernel(
-    grad_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, out_ptr, rows, channels, groups, programs,
-    HAS_EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, out_ptr,
+    rows, channels, groups, programs, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr,
+    SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat))."""
+    """dx = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat)) + dtotal."""
     i_x = tl.program_id(0).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -242,7 +276,7 @@ def gradient_kernel(
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_across = tl.load(means_ptr + 2 * o_g, mask=m_c, other=0.0)
     b_along = tl.load(means_ptr + 2 * o_g + 1, mask=m_c, other=0.0)
-    b_emb = _embedding(emb_ptr, i_n * channels + o_c, m_c, HAS_EMB)
+    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     for i_r in range(0, ROWS, BLOCK_R):
@@ -255,62 +289,78 @@ def gradient_kernel(
         if SILU:
             b_dz *= _d_silu(b_x * b_w[None, :] + b_b[None, :])
         b_dx = b_rstd[None, :] * (b_dz * b_w[None, :] - b_across[None, :] - b_x * b_along[None, :])
+        if HAS_RESIDUAL:
+            b_dx += tl.load(grad_total_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(out_ptr + o_x, b_dx.to(out_ptr.dtype.element_ty), mask=m_x)
 
 
+def _emb_rows(emb: Tensor) -> int:
+    return emb.ndim if emb.numel() else 0
+
+
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, ...]:
     n, rows, channels = x.shape
     width = channels // groups
-    out = torch.empty_like(x)
+    out, total = torch.empty_like(x), torch.empty_like(residual)
     mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
     if not x.numel():
-        return out, mean, rstd
-    has_emb, block_j = emb.numel() > 0, triton.next_power_of_2(width)
+        return out, total, mean, rstd
+    has_residual, block_j = residual.numel() > 0, triton.next_power_of_2(width)
+    options = {"HAS_RESIDUAL": has_residual, "EMB": _emb_rows(emb)}
     if is_small(rows, width):
         small_kernel[(n * groups,)](
-            x, emb, weight, bias, mean, rstd, out, eps, rows, channels, groups,
-            HAS_EMB=has_emb, SILU=silu, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
+            x, residual, emb, weight, bias, total, mean, rstd, out, eps, rows, channels, groups, **options,
+            SILU=silu, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
         )  # fmt: skip
-        return out, mean, rstd
+        return out, total, mean, rstd
     programs = triton.cdiv(rows, ROWS)
     grid = (n * programs, triton.cdiv(channels, BLOCK_C))
-    options = {"HAS_EMB": has_emb, "ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    tile = {"ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
     partial = x.new_empty((n, programs, 2, channels), dtype=torch.float32)
-    statistics_kernel[grid](x, emb, partial, rows, channels, programs, **options)
+    statistics_kernel[grid](x, residual, emb, total, partial, rows, channels, programs, **options, **tile)
     combine_kernel[(n * groups,)](
         partial, mean, rstd, eps, rows, channels, groups, programs,
         ROWS=ROWS, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
     )  # fmt: skip
+    summed, added = (total, 0) if has_residual else (x, options["EMB"])
     normalise_kernel[grid](
-        x, emb, weight, bias, mean, rstd, out, rows, channels, groups, programs, SILU=silu, **options
+        summed, emb, weight, bias, mean, rstd, out, rows, channels, groups, programs, EMB=added, SILU=silu, **tile
     )  # fmt: skip
-    return out, mean, rstd
+    return out, total, mean, rstd
 
 
 def group_norm_silu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, grad_total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor,
+    groups: int, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, rows, channels = x.shape
-    out, grad_emb = torch.empty_like(x), torch.empty_like(emb)
+    out, emb_rows = torch.empty_like(x), _emb_rows(emb)
     if not x.numel():
-        return out, torch.zeros_like(weight), torch.zeros_like(bias), grad_emb
-    has_emb, block_j = emb.numel() > 0, triton.next_power_of_2(channels // groups)
+        return out, torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(emb)
+    grad_emb = x.new_empty((n, channels), dtype=torch.float32) if emb_rows == 1 else torch.empty_like(emb)
+    has_residual, block_j = grad_total.numel() > 0, triton.next_power_of_2(channels // groups)
     programs = triton.cdiv(rows, ROWS)
     grid = (n * programs, triton.cdiv(channels, BLOCK_C))
-    options = {"HAS_EMB": has_emb, "SILU": silu, "ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
-    partial = x.new_empty((n, programs, 3, channels), dtype=torch.float32)
+    options = {"HAS_RESIDUAL": has_residual, "EMB": 0 if has_residual else emb_rows, "SILU": silu}
+    options |= {"ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    partial = x.new_empty((n, programs, 4, channels), dtype=torch.float32)
     means = x.new_empty((n, groups, 2), dtype=torch.float32)
     sums = x.new_empty((2, n, channels), dtype=torch.float32)
-    sums_kernel[grid](grad, x, emb, weight, bias, mean, rstd, partial, rows, channels, groups, programs, **options)
+    sums_kernel[grid](
+        grad, grad_total, x, emb, weight, bias, mean, rstd, partial, rows, channels, groups, programs,
+        EMB_SUMS=emb_rows > 0, **options,
+    )  # fmt: skip
     combine_backward_kernel[(n * groups,)](
         partial, weight, rstd, means, sums, grad_emb, rows, channels, groups, programs, n,
-        HAS_EMB=has_emb, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
+        EMB_SUMS=emb_rows > 0, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
     )  # fmt: skip
     gradient_kernel[grid](
-        grad, x, emb, weight, bias, mean, rstd, means, out, rows, channels, groups, programs, **options
+        grad, grad_total, x, emb, weight, bias, mean, rstd, means, out, rows, channels, groups, programs, **options
     )  # fmt: skip
     grad_weight, grad_bias = sums.sum(1).unbind(0)
+    if emb_rows == 1:
+        grad_emb = grad_emb.sum(0).to(emb.dtype)
     # copies: an operator must not return two views of one tensor
     return out, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True), grad_emb

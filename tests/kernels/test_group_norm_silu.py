@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fvgen.kernels.group_norm_silu import group_norm_silu
+from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_residual
 
 NAMES = ("x", "weight", "bias", "emb")
 SHAPES = [(2, 1, 32, 8), (3, 7, 40, 5), (2, 130, 32, 8), (1, 1, 8, 1)]
@@ -24,19 +24,28 @@ def inputs(n: int, rows: int, channels: int) -> dict:
     return dict(zip(NAMES, values, strict=True))
 
 
+def other(given: dict) -> torch.Tensor:
+    """A residual for ``inputs``."""
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(given["x"].shape, generator=random, dtype=torch.float64).requires_grad_()
+
+
+def with_emb(given: dict, emb: str) -> dict:
+    chosen = {"none": None, "shared": given["emb"][0].detach().requires_grad_(), "each": given["emb"]}
+    return {**given, "emb": chosen[emb]}
+
+
 def plain(x, weight, bias, emb, groups, silu):
-    rows = x if emb is None else x + emb[:, None]
+    rows = x if emb is None else x + emb.unsqueeze(-2)
     out = F.group_norm(rows.transpose(1, 2), groups, weight, bias, 1e-5)
     return (F.silu(out) if silu else out).transpose(1, 2)
 
 
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("with_emb", [True, False])
+@pytest.mark.parametrize("emb", ["none", "shared", "each"])
 @pytest.mark.parametrize(("n", "rows", "channels", "groups"), SHAPES)
-def test_equals_pytorch_in_float64(n, rows, channels, groups, with_emb, silu):
-    given = inputs(n, rows, channels)
-    if not with_emb:
-        given["emb"] = None
+def test_equals_pytorch_in_float64(n, rows, channels, groups, emb, silu):
+    given = with_emb(inputs(n, rows, channels), emb)
     expected = plain(**given, groups=groups, silu=silu)
     found = group_norm_silu(**given, groups=groups, silu=silu)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -45,6 +54,56 @@ def test_equals_pytorch_in_float64(n, rows, channels, groups, with_emb, silu):
     gradients = (torch.autograd.grad(out, list(wanted.values()), upstream) for out in (found, expected))
     for name, a, b in zip(wanted, *gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("emb", ["none", "shared", "each"])
+@pytest.mark.parametrize(("n", "rows", "channels", "groups"), SHAPES)
+def test_residual_equals_pytorch_in_float64(n, rows, channels, groups, emb, silu):
+    given = with_emb(inputs(n, rows, channels), emb)
+    residual = other(given)
+    total = given["x"] + residual + (0 if given["emb"] is None else given["emb"].unsqueeze(-2))
+    expected = plain(total, given["weight"], given["bias"], None, groups, silu), total
+    found = group_norm_silu_residual(residual=residual, **given, groups=groups, silu=silu)
+    upstream = torch.randn(2, *total.shape, dtype=torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    wanted = {"residual": residual, **{name: v for name, v in given.items() if v is not None}}
+    gradients = (torch.autograd.grad(outs, list(wanted.values()), list(upstream)) for outs in (found, expected))
+    for name, a, b in zip(wanted, *gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize("used", ["out", "total"])
+def test_gradient_when_one_output_is_unused(used):
+    given = inputs(2, 3, 8)
+    residual = other(given)
+    total = given["x"] + residual + given["emb"][:, None]
+    expected = plain(total, given["weight"], given["bias"], None, 2, True) if used == "out" else total
+    getattr(group_norm_silu_residual(residual=residual, **given, groups=2), used).square().sum().backward()
+    for x in (given["x"], residual, given["emb"]):
+        (gradient,) = torch.autograd.grad(expected.square().sum(), [x], retain_graph=True)
+        torch.testing.assert_close(x.grad, gradient, rtol=1e-8, atol=1e-8)
+
+
+def test_bfloat16_normalises_the_sum_that_it_returns():
+    given = inputs(2, 9, 32)
+    residual = other(given).detach().bfloat16()
+    given = {name: v.detach().bfloat16() for name, v in given.items()}
+    found = group_norm_silu_residual(residual=residual, **given, groups=8)
+    assert torch.equal(found.out, group_norm_silu(found.total, given["weight"], given["bias"], 8))
+    total = given["x"].float() + given["emb"].float()[:, None] + residual.float()
+    assert torch.equal(found.total, total.bfloat16())
+
+
+def test_channels_last_images_are_read_where_they_lie():
+    images = torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last)
+    rows = images.permute(0, 2, 3, 1).flatten(1, 2)
+    assert rows.contiguous().data_ptr() == images.data_ptr()
+    out = group_norm_silu(rows, torch.ones(8), torch.zeros(8), 2, silu=False)
+    back = out.unflatten(1, (3, 5)).permute(0, 3, 1, 2)
+    assert back.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(back, F.group_norm(images, 2))
 
 
 def test_joint_and_per_frame_statistics_differ_by_the_shape_alone():
@@ -73,11 +132,18 @@ def test_strided_input_and_other_parameter_dtypes():
         ({"groups": 3}, "groups"),
         ({"weight": torch.zeros(7)}, "weight"),
         ({"emb": torch.zeros(1, 8)}, "emb"),
+        ({"emb": torch.zeros(7)}, "emb"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         group_norm_silu(**{**inputs(2, 3, 8), "groups": 2, **change})
+
+
+@pytest.mark.parametrize("residual", [torch.zeros(1, 3, 8, dtype=torch.float64), torch.zeros(2, 3, 8)])
+def test_a_residual_unlike_x_is_an_error(residual):
+    with pytest.raises(ValueError, match="residual"):
+        group_norm_silu_residual(residual=residual, **inputs(2, 3, 8), groups=2)
 
 
 _INTERPRETED = """
@@ -93,28 +159,35 @@ def compare(fast, reference, args, what):
         assert_close(f, e.float(), 1e-5, f"{what} {name}")
     return found
 
-def both(shape, groups, emb, silu):
-    args = spec._inputs("cpu", torch.float32, shape=shape, groups=groups, emb=emb, silu=silu)
-    out, mean, rstd = compare(triton.group_norm_silu, reference.group_norm_silu, args, (shape, emb, silu))
-    given = (torch.randn_like(out), *args[:4], mean, rstd, groups, silu)
-    compare(triton.group_norm_silu_backward, reference.group_norm_silu_backward, given, (shape, emb, silu, "backward"))
+def both(shape, groups, emb=2, residual=False, silu=True):
+    args = spec._inputs("cpu", torch.float32, shape=shape, groups=groups, emb=emb, residual=residual, silu=silu)
+    what = (shape, emb, residual, silu)
+    out, total, mean, rstd = compare(triton.group_norm_silu, reference.group_norm_silu, args, what)
+    after = torch.randn_like(total)
+    given = (torch.randn_like(out), after, total if residual else args[0], *args[2:5], mean, rstd, groups, silu)
+    compare(triton.group_norm_silu_backward, reference.group_norm_silu_backward, given, (*what, "backward"))
 
-both((1, 261, 72), 1, True, True)
-both((1, 650, 132), 1, True, True)  # more blocks of rows than one step of the combination takes
+both((1, 261, 72), 1)
+both((1, 650, 132), 1, residual=True)  # more blocks of rows than one step of the combination takes
 
 for limit in (reference.SMALL, 0):  # with and without the single pass
     triton.is_small = lambda rows, width, limit=limit: rows * width <= limit
     for rows in (1, 7, 130):
-        both((2, rows, 32), 8, True, True)
-        both((2, rows, 40), 5, False, True)
-        both((1, rows, 40), 5, True, False)
+        both((2, rows, 32), 8)
+        both((2, rows, 40), 5, emb=0)
+        both((1, rows, 40), 5, silu=False)
+        both((3, rows, 40), 5, emb=1)
+        both((3, rows, 40), 5, emb=1, residual=True)
+        both((2, rows, 40), 5, residual=True, silu=False)
+        both((1, rows, 32), 8, emb=0, residual=True)
 
     # a large offset: no worse than 1.5 times PyTorch
-    x, weight, bias, emb, *rest = spec._inputs("cpu", torch.float32, shape=(2, 200, 40), groups=5, silu=False)
-    x = x + 1000
-    exact = reference.group_norm_silu(*(t.double() for t in (x, weight, bias, emb)), *rest)[0]
-    mine = largest_error(triton.group_norm_silu(x, weight, bias, emb, *rest)[0], exact)
-    assert mine <= 1.5 * largest_error(spec._library(x, weight, bias, emb, *rest), exact), mine
+    for residual in (False, True):
+        x, *given = spec._inputs("cpu", torch.float32, shape=(2, 200, 40), groups=5, residual=residual, silu=False)
+        tensors, rest = (x + 1000, *given[:4]), given[4:]
+        exact = reference.group_norm_silu(*(t.double() for t in tensors), *rest)[0]
+        mine = largest_error(triton.group_norm_silu(*tensors, *rest)[0], exact)
+        assert mine <= 1.5 * largest_error(spec._library(*tensors, *rest)[0], exact), mine
 """
 
 

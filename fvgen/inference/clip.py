@@ -1,0 +1,152 @@
+"""The whole clip on one GPU: renders in, frames out, recorded as one CUDA graph per shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fvgen.diffusion.schedule import NoiseSchedule
+from fvgen.diffusion.timesteps import make_timesteps
+from fvgen.inference.towers import PackedImageTower
+from fvgen.inference.unet import Keys, Shifts, UNetEngine
+from fvgen.inference.vae import PackedVAE
+from fvgen.models.bundle import ModelBundle
+
+
+class Conditioned(NamedTuple):
+    """What a clip's steps have in common.
+
+    Attributes:
+        latents: ``[B, C, T, h, w]`` of the renders.
+        keys: of the context, see :meth:`UNetEngine.keys`.
+    """
+
+    latents: Tensor
+    keys: Keys
+
+
+class ClipEngine:
+    """A model packed for inference: few-step sampling of clips of one batch, length and size after the other.
+
+    Args:
+        bundle: the model, on the device where it is to run; weights are copied.
+        dtype: of weights and activations.
+        conv_search: let cuDNN time its algorithms at the first call of every shape.
+    """
+
+    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.bfloat16, conv_search: bool = True) -> None:
+        self.dtype, self.index, self._conv_search = dtype, bundle.index, conv_search
+        self.device = next(bundle.unet.parameters()).device
+        self.unet = UNetEngine(bundle.unet, dtype)
+        self.vae = PackedVAE(bundle.vae, dtype)
+        self._scaling = float(bundle.vae.config.scaling_factor)
+        self._tower = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)
+        self._prompt = bundle.prompt.to(dtype)
+        self._schedule = NoiseSchedule.create(bundle.index.base_scale)
+        self._shifts: dict[tuple[int, int, int], Shifts] = {}
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def __call__(self, renders: Tensor, noise: Tensor) -> Tensor:
+        """Frames ``[B, T, 3, H, W]`` float32 in [0, 1].
+
+        Args:
+            renders: ``[B, T, 3, H, W]`` in [0, 1], the first frame being the photo.
+            noise: ``[S, B, C, T, h, w]`` float32 standard normal, one draw for each of S steps.
+        """
+        with torch.backends.cudnn.flags(enabled=True, benchmark=self._conv_search, allow_tf32=True):
+            condition = self.condition(renders)
+            return self.decode(self.sample(condition, noise))
+
+    def condition(self, renders: Tensor) -> Conditioned:
+        """Latents of the renders, and keys of the prompt and the first frame; see :meth:`__call__`. They run side by side."""
+        pixels = 2 * renders - 1
+        if self._side is None:
+            return Conditioned(self._encode(pixels), self._keys(pixels))
+        main = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            keys = self._keys(pixels)
+        latents = self._encode(pixels)
+        main.wait_stream(self._side)
+        return Conditioned(latents, keys)
+
+    def sample(self, condition: Conditioned, noise: Tensor, after: Callable[[int, int], None] | None = None) -> Tensor:
+        """Clean latents ``[B, C, T, h, w]`` float32, as :func:`fvgen.diffusion.few_step.few_step_sample` defines them.
+
+        Args:
+            condition, noise: see :meth:`__call__`.
+            after: called with (steps done, steps) after each step.
+        """
+        times = make_timesteps(len(noise))
+        x = noise[0]
+        for i, time in enumerate(times):
+            a, b, s = self._rates(time)
+            stacked = torch.cat([x, condition.latents], dim=1)
+            v = self.unet(stacked, self.shifts(time, x.shape[0], x.shape[2]), condition.keys)
+            x0 = torch.add((a / s) * x, v, alpha=-b / s)
+            if after is not None:
+                after(i + 1, len(times))
+            if i + 1 < len(times):
+                a, b, s = self._rates(times[i + 1])
+                x = torch.add((a * s) * x0, noise[i + 1], alpha=b)
+        return x0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames ``[B, T, 3, H, W]`` float32 in [0, 1] of latents ``[B, C, T, h, w]``."""
+        flat = (latents / self._scaling).transpose(1, 2).flatten(0, 1)
+        rgb = self.vae.decode(flat) / 2 + 0.5
+        return rgb.clamp_(0, 1).unflatten(0, (latents.shape[0], -1))
+
+    def shifts(self, time: int, batch: int, frames: int) -> Shifts:
+        """What a time step adds in the network's blocks; the same at every call, so it is kept."""
+        key = (time, batch, frames)
+        if key not in self._shifts:
+            times = torch.full((batch,), time, device=self.device)
+            self._shifts[key] = self.unet.shifts(times, torch.full_like(times, self.index.fps), frames)
+        return self._shifts[key]
+
+    def _rates(self, time: int) -> tuple[float, float, float]:
+        abar = float(self._schedule.alphas_cumprod[time])
+        return abar**0.5, (1 - abar) ** 0.5, float(self._schedule.scale[time])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        mean, _ = self.vae.encode(pixels.flatten(0, 1)).chunk(2, dim=1)
+        return (mean * self._scaling).unflatten(0, pixels.shape[:2]).transpose(1, 2)
+
+    def _keys(self, pixels: Tensor) -> Keys:
+        tokens = self._tower(pixels[:, 0])
+        text = self._prompt.expand(tokens.shape[0], -1, -1)
+        return self.unet.keys(torch.cat([text, tokens.to(text)], dim=1), pixels.shape[1])
+
+
+class ClipGraph:
+    """A recorded clip: another photo, camera or seed replays it.
+
+    Args:
+        engine: the model, on a CUDA device.
+        renders, noise: tensors of the shapes to record for, see :meth:`ClipEngine.__call__`.
+    """
+
+    def __init__(self, engine: ClipEngine, renders: Tensor, noise: Tensor) -> None:
+        self._renders, self._noise = renders.clone(), noise.clone()
+        before = torch.cuda.memory_reserved(engine.device)
+        side = torch.cuda.Stream(engine.device)
+        side.wait_stream(torch.cuda.current_stream(engine.device))
+        with torch.cuda.stream(side):
+            engine(self._renders, self._noise)  # kernels are compiled and algorithms chosen before the recording
+        torch.cuda.current_stream(engine.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._frames = engine(self._renders, self._noise)
+        self.memory = torch.cuda.memory_reserved(engine.device) - before  # bytes
+
+    def __call__(self, renders: Tensor, noise: Tensor) -> Tensor:
+        """Frames ``[B, T, 3, H, W]``; valid until the next call."""
+        self._renders.copy_(renders)
+        self._noise.copy_(noise)
+        self._graph.replay()
+        return self._frames

@@ -1,0 +1,73 @@
+"""Residual blocks on rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvgen.inference.rows import Convolution, Grid, Linear, Norm, Pending
+from fvgen.models.blocks import ResBlock, TemporalConv
+
+
+class ResidualEngine:
+    """:class:`fvgen.models.blocks.ResBlock` on rows: every bias, embedding and sum is taken by a normalisation."""
+
+    def __init__(self, block: ResBlock, dtype: torch.dtype) -> None:
+        self.norm_1, self.norm_2 = Norm(block.norm_1, dtype), Norm(block.norm_2, dtype)
+        self.conv_1, self.conv_2 = Convolution(block.conv_1, dtype), Convolution(block.conv_2, dtype)
+        self.skip: Linear | None = None
+        if not isinstance(block.skip, torch.nn.Identity):
+            self.skip = Linear(block.skip.weight.flatten(1), block.skip.bias + block.conv_2.bias, dtype)
+        self.temporal = None if block.temporal_conv is None else _TemporalConv(block.temporal_conv, dtype)
+
+    def __call__(self, x: Pending, shift: Tensor, grid: Grid) -> tuple[Pending, Tensor]:
+        """The block's output and, summed, its input ``[N, R, C_in]``.
+
+        Args:
+            x: the input.
+            shift: ``[C]`` or ``[N, C]``: projected time embedding plus the first convolution's bias.
+            grid: what the rows are.
+        """
+        frames = x.x.shape[0]
+        h, total = self.norm_1(x, frames)
+        h = self.conv_1(h, grid.height, grid.width)
+        h, _ = self.norm_2(Pending(h), frames, shift)
+        h = self.conv_2(h, grid.height, grid.width)
+        out = Pending(h, total, self.conv_2.bias) if self.skip is None else Pending(h, self.skip(total))
+        return (out if self.temporal is None else self.temporal(out, grid)), total
+
+
+class _TemporalConv:
+    def __init__(self, block: TemporalConv, dtype: torch.dtype) -> None:
+        self.norms = [Norm(norm, dtype) for norm in block.norms]
+        self.convs = [Convolution(conv, dtype) for conv in block.convs]
+
+    def __call__(self, x: Pending, grid: Grid) -> Pending:
+        h, total = self.norms[0](x, grid.batch)
+        for conv, norm in zip(self.convs[:-1], self.norms[1:], strict=True):
+            h, _ = norm(Pending(self._over_frames(conv, h, grid)), grid.batch, conv.bias)
+        return Pending(self._over_frames(self.convs[-1], h, grid), total, self.convs[-1].bias)
+
+    @staticmethod
+    def _over_frames(conv: Convolution, rows: Tensor, grid: Grid) -> Tensor:
+        return conv(rows, grid.frames, grid.height * grid.width).view(rows.shape)
+
+
+class Resample:
+    """The convolution that leaves a level, after doubling where it goes up."""
+
+    def __init__(self, conv: torch.nn.Conv2d, dtype: torch.dtype, up: bool) -> None:
+        self.conv, self.up = Convolution(conv, dtype, add_bias=True), up
+
+    def __call__(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """``[N, R, C]`` to rows of the next level, and what those are."""
+        height, width = grid.height, grid.width
+        if self.up:
+            image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+            x = F.interpolate(image, scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1).flatten(1, 2)
+            height, width = 2 * height, 2 * width
+        x = self.conv(x, height, width)
+        if not self.up:
+            height, width = -(-height // 2), -(-width // 2)
+        return x, grid._replace(height=height, width=width)

@@ -1,0 +1,149 @@
+"""The video UNet as an engine for inference: packed weights, channels-last rows, fused operators; no gradients.
+
+It computes what :class:`fvgen.models.unet.VideoUNet` computes. What stays the same for a clip (keys and values of the context) or
+for a model (embeddings of the sampler's time steps) is computed once, outside of :meth:`UNetEngine.__call__`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fvgen.inference.residual import Resample, ResidualEngine
+from fvgen.inference.rows import Convolution, Grid, Norm, Pending
+from fvgen.inference.transformers import ContextKeys, SpatialEngine, TemporalEngine
+from fvgen.models.unet import UNetLayer, VideoUNet
+
+Shifts = list[Tensor]
+Keys = list[list[ContextKeys]]
+
+
+class _Layer(NamedTuple):
+    res: ResidualEngine
+    spatial: SpatialEngine | None
+    temporal: TemporalEngine | None
+
+
+class UNetEngine:
+    """Predicts ``v`` like the network it is made from.
+
+    Args:
+        unet: the network; its weights are copied.
+        dtype: of weights and activations; sums, statistics and the result are float32.
+    """
+
+    def __init__(self, unet: VideoUNet, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._unet, self.dtype = unet, dtype
+        self._residuals: list[ResidualEngine] = []
+        self._shifts: list[tuple[Tensor, Tensor]] = []  # weight and bias of every block's embedding, float32
+        self._conv_in = Convolution(unet.conv_in, dtype, add_bias=True)
+        self._temporal_in = None if unet.temporal_in is None else TemporalEngine(unet.temporal_in, dtype)
+        self._down = [[self._layer(layer) for layer in level.layers] for level in unet.down_levels]
+        self._mid = self._layer(unet.mid.layer)
+        self._mid_out = self._residual(unet.mid.res_out)
+        self._up = [[self._layer(layer) for layer in level.layers] for level in unet.up_levels]
+        self._leave_down = [self._resample(level.resample, up=False) for level in unet.down_levels]
+        self._leave_up = [self._resample(level.resample, up=True) for level in unet.up_levels]
+        self._norm_out, self._conv_out = Norm(unet.norm_out, dtype), _padded(unet.conv_out, dtype)
+        self._weights = torch.cat([weight for weight, _ in self._shifts])
+        self._biases = torch.cat([bias for _, bias in self._shifts])
+
+    @torch.inference_mode()
+    def shifts(self, timesteps: Tensor, fps: Tensor, frames: int) -> Shifts:
+        """What the time adds in every residual block, for :meth:`__call__`: ``[C]`` for one clip, else ``[B T, C]``.
+
+        Args:
+            timesteps, fps: ``[B]``.
+            frames: T.
+        """
+        unet = self._unet
+        emb = torch.nn.functional.silu(unet.embed(timesteps, fps).to(self._weights))
+        rows = torch.addmm(self._biases, emb, self._weights.t()).to(self.dtype)
+        rows = rows[0] if len(rows) == 1 else rows.repeat_interleave(frames, 0)
+        return [part.contiguous() for part in rows.split([len(bias) for _, bias in self._shifts], dim=-1)]
+
+    @torch.inference_mode()
+    def keys(self, context: Tensor, frames: int) -> Keys:
+        """Keys and values of a context ``[B, 77 + N, D]``, per spatial transformer in the order in which they run."""
+        text, image = self._unet.split_context(context.to(self.dtype), frames)
+        layers = [*sum(self._down, []), self._mid, *sum(self._up, [])]
+        return [layer.spatial.keys(text, image) for layer in layers if layer.spatial is not None]
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, shifts: Shifts, keys: Keys) -> Tensor:
+        """``v [B, C, T, h, w]`` float32.
+
+        Args:
+            x: ``[B, in_channels, T, h, w]`` noisy latents, then condition latents.
+            shifts, keys: see there.
+        """
+        batch, _, frames, height, width = x.shape
+        grid = Grid(batch, frames, height, width)
+        each, seen = iter(shifts), iter(keys)
+        rows = x.to(self.dtype).permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, -1)
+        h = Pending(self._conv_in(rows, height, width))
+        if self._temporal_in is not None:
+            h = self._temporal_in(h, grid)
+        skips, grids = [], []
+        for layers, leave in zip(self._down, self._leave_down, strict=True):
+            grids.append(grid)
+            for layer in layers:
+                h, total = self._run(layer, h, each, seen, grid)
+                skips.append(total)
+            if leave is not None:
+                skips.append(h.total())
+                rows, grid = leave(skips[-1], grid)
+                h = Pending(rows)
+        h, total = self._run(self._mid, h, each, seen, grid)
+        skips.append(total)
+        h, _ = self._mid_out(h, next(each), grid)
+        for layers, leave in zip(self._up, self._leave_up, strict=True):
+            for layer in layers:
+                h, _ = self._run(layer, _join(h, skips.pop()), each, seen, grid)
+            if leave is not None:
+                h, grid = leave(h.total(), grid)
+                h = Pending(h)
+        out, _ = self._norm_out(h, batch * frames)
+        v = self._conv_out(out, height, width)[..., : self._unet.config.out_channels]
+        return v.float().unflatten(1, (height, width)).unflatten(0, (batch, frames)).permute(0, 4, 1, 2, 3)
+
+    def _run(self, layer: _Layer, x: Pending, shifts, keys, grid: Grid) -> tuple[Pending, Tensor]:
+        h, total = layer.res(x, next(shifts), grid)
+        if layer.spatial is not None:
+            h = layer.spatial(h, next(keys))
+        return (h if layer.temporal is None else layer.temporal(h, grid)), total
+
+    def _layer(self, layer: UNetLayer) -> _Layer:
+        spatial = None if layer.spatial is None else SpatialEngine(layer.spatial, self.dtype)
+        temporal = None if layer.temporal is None else TemporalEngine(layer.temporal, self.dtype)
+        return _Layer(self._residual(layer.res), spatial, temporal)
+
+    def _residual(self, block) -> ResidualEngine:
+        exact = torch.promote_types(self.dtype, torch.float32)
+        weight, bias, conv_bias = (x.detach().to(exact) for x in (*block.embedding.parameters(), block.conv_1.bias))
+        self._shifts.append((weight, bias + conv_bias))
+        return ResidualEngine(block, self.dtype)
+
+    def _resample(self, block, up: bool) -> Resample | None:
+        return None if block is None else Resample(block.conv, self.dtype, up)
+
+
+def _join(x: Pending, skip: Tensor) -> Pending:
+    """The sum and the skip connection side by side."""
+    width = x.x.shape[2]
+    out = skip.new_empty((*skip.shape[:2], width + skip.shape[2]))
+    x.write(out[..., :width])
+    out[..., width:].copy_(skip)
+    return Pending(out)
+
+
+def _padded(conv: torch.nn.Conv2d, dtype: torch.dtype) -> Convolution:
+    """A convolution whose output channels are filled up to a multiple of 8, as fast algorithms want them."""
+    packed = Convolution(conv, dtype, add_bias=True)
+    missing = -conv.out_channels % 8
+    packed.weight = torch.cat([packed.weight, packed.weight.new_zeros(missing, *packed.weight.shape[1:])])
+    packed.weight = packed.weight.contiguous(memory_format=torch.channels_last)
+    packed.bias = torch.cat([packed.bias, packed.bias.new_zeros(missing)])
+    return packed

@@ -1,0 +1,117 @@
+"""The packed network against the one it is made from, and against the reference values of the original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fvgen.inference.rows import Pending
+from fvgen.inference.unet import UNetEngine
+from fvgen.models.unet import VideoUNet
+from tests.models import reference
+from tests.models.reference_models import tiny_unet
+
+SMALL = {
+    "in_channels": 4,
+    "out_channels": 2,
+    "model_channels": 16,
+    "channel_mult": (1, 2),
+    "layers_per_level": 1,
+    "attention_resolutions": (1,),
+    "head_channels": 8,
+    "context_dim": 12,
+    "initial_temporal_heads": 2,
+    "norm_groups": 8,
+}
+VARIANTS = {
+    "plain": {},
+    "relative_causal": {"relative_position": True, "causal": True},
+    "without_temporal": {"temporal_convolution": False, "temporal_attention": False, "initial_temporal_heads": 0},
+    "two_blocks_and_learnable_scale": {"transformer_depth": 2, "learnable_image_scale": True},
+    "without_fps_and_image": {"fps_condition": False, "image_cross_attention": False},
+    "three_levels": {"channel_mult": (1, 2, 2), "attention_resolutions": (1, 2), "layers_per_level": 2},
+}
+
+
+def _network(**options) -> VideoUNet:
+    torch.manual_seed(0)
+    unet = VideoUNet(**{**SMALL, **options}).double().eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():  # no branch may be zero
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return unet
+
+
+def _inputs(batch: int, tokens: int, height: int = 4, width: int = 6) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, 3, height, width, generator=generator, dtype=torch.float64)
+    context = torch.randn(batch, 77 + tokens, 12, generator=generator, dtype=torch.float64)
+    return x, torch.tensor([3, 999])[:batch], context, torch.tensor([10, 24])[:batch]
+
+
+def _predict(engine: UNetEngine, x, timesteps, context, fps) -> torch.Tensor:
+    frames = x.shape[2]
+    return engine(x, engine.shifts(timesteps, fps, frames), engine.keys(context, frames))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [0, 48, 20])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_the_engine_computes_what_the_network_computes(options: dict, tokens: int, batch: int) -> None:
+    unet = _network(**options)
+    inputs = _inputs(batch, tokens, height=8, width=12)
+    with torch.no_grad():
+        expected = unet(*inputs)
+    actual = _predict(UNetEngine(unet, torch.float64), *inputs)
+    assert actual.dtype == torch.float32
+    assert (actual - expected).abs().max() <= 2e-7 * expected.abs().max()
+
+
+def test_inputs_and_weights_are_left_alone() -> None:
+    unet = _network()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    inputs = _inputs(2, 48)
+    kept = [x.clone() for x in inputs]
+    engine = UNetEngine(unet, torch.float64)
+    shifts, keys = engine.shifts(inputs[1], inputs[3], 3), engine.keys(inputs[2], 3)
+    first = engine(inputs[0], shifts, keys)
+    assert torch.equal(first, engine(inputs[0], shifts, keys)), "a call changed what the next one reads"
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_every_weight_matters() -> None:
+    """Each parameter of the network changes the engine's result: none was forgotten when the weights were packed."""
+    unet = _network(learnable_image_scale=True, layers_per_level=0, channel_mult=(1,))
+    inputs = _inputs(1, 48, height=2, width=2)
+    expected = _predict(UNetEngine(unet, torch.float64), *inputs)
+    deaf = []
+    for name, parameter in unet.named_parameters():
+        with torch.no_grad():
+            kept = parameter.clone()
+            parameter.copy_(torch.randn_like(kept))
+            moved = _predict(UNetEngine(unet, torch.float64), *inputs)
+            parameter.copy_(kept)
+        if torch.equal(moved, expected):
+            deaf.append(name)
+    assert deaf == []
+
+
+def test_a_pending_sum_is_written_where_it_is_wanted() -> None:
+    x, residual, bias = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4)
+    out = torch.zeros(2, 3, 6)
+    Pending(x, residual, bias).write(out[..., :4])
+    assert torch.allclose(out[..., :4], x + residual + bias)
+    assert out[..., 4:].abs().max() == 0
+    assert torch.equal(Pending(x).total(), x)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", reference.cases("unet_tiny", ".output"))
+def test_golden(case: str) -> None:
+    values = reference.tensors("unet_tiny", f"{case}.input.")
+    fps = values.get("fs")
+    fps = torch.full_like(values["timesteps"], tiny_unet().config.default_fps) if fps is None else fps
+    actual = _predict(UNetEngine(tiny_unet(), torch.float32), values["x"], values["timesteps"], values["context"], fps)
+    tolerance = reference.tolerances("`unet_tiny` outputs")[0]
+    reference.assert_close(actual, reference.tensors("unet_tiny", f"{case}.output")[""], tolerance)
