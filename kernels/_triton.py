@@ -51,7 +51,8 @@ class TritonKernel:
     Attributes:
         module: below ``fvgen.kernels``; name: of the jitted function.
         signature: argument name -> Triton type such as ``"*bf16"``, ``"i32"``; constants: the constexpr arguments.
-        warps: per program.
+        warps: per program; stages: of the software pipeline, None for Triton's default.
+        least: the oldest architecture that has what the kernel uses; it is compiled for this one instead of an older one.
     """
 
     module: str
@@ -59,6 +60,8 @@ class TritonKernel:
     signature: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     warps: int = 4
+    stages: int | None = None
+    least: int = 80
 
     def compile(self, capability: int) -> Any:
         """The compiled kernel for ``sm_<capability>``; needs Triton, but no GPU."""
@@ -68,5 +71,8 @@ class TritonKernel:
 
         function = getattr(importlib.import_module(f"fvgen.kernels.{self.module}"), self.name)
         signature = {**self.signature, **dict.fromkeys(self.constants, "constexpr")}
-        source = ASTSource(function, {n: signature[n] for n in function.arg_names}, self.constants)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.warps})
+        # tensors begin at multiples of 16 bytes, as at a launch: otherwise every element would be loaded on its own
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
+        source = ASTSource(function, {n: signature[n] for n in function.arg_names}, self.constants, aligned)
+        options = {"num_warps": self.warps, **({} if self.stages is None else {"num_stages": self.stages})}
+        return triton.compile(source, target=GPUTarget("cuda", max(capability, self.least), 32), options=options)

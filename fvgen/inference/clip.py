@@ -41,7 +41,7 @@ class ClipEngine:
         self.dtype, self.index, self._conv_search = dtype, bundle.index, conv_search
         self.device = next(bundle.unet.parameters()).device
         self.unet = UNetEngine(bundle.unet, dtype)
-        self.vae = PackedVAE(bundle.vae, dtype)
+        self.vae = PackedVAE(bundle.vae, dtype, fold_upsample="transposed")
         self._scaling = float(bundle.vae.config.scaling_factor)
         self._tower = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)
         self._prompt = bundle.prompt.to(dtype)

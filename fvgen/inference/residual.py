@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fvgen.inference.rows import Convolution, Grid, Linear, Norm, Pending
+from fvgen.inference.rows import Convolution, Doubling, Grid, Linear, Norm, Pending
 from fvgen.models.blocks import ResBlock, TemporalConv
 
 
@@ -54,20 +53,25 @@ class _TemporalConv:
         return conv(rows, grid.frames, grid.height * grid.width).view(rows.shape)
 
 
-class Resample:
-    """The convolution that leaves a level, after doubling where it goes up."""
+class Downsample:
+    """The convolution with stride 2 that leaves a level."""
 
-    def __init__(self, conv: torch.nn.Conv2d, dtype: torch.dtype, up: bool) -> None:
-        self.conv, self.up = Convolution(conv, dtype, add_bias=True), up
+    def __init__(self, conv: torch.nn.Conv2d, dtype: torch.dtype) -> None:
+        self.conv = Convolution(conv, dtype, add_bias=True)
 
-    def __call__(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    def __call__(self, x: Tensor, grid: Grid) -> tuple[Pending, Grid]:
         """``[N, R, C]`` to rows of the next level, and what those are."""
-        height, width = grid.height, grid.width
-        if self.up:
-            image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-            x = F.interpolate(image, scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1).flatten(1, 2)
-            height, width = 2 * height, 2 * width
-        x = self.conv(x, height, width)
-        if not self.up:
-            height, width = -(-height // 2), -(-width // 2)
-        return x, grid._replace(height=height, width=width)
+        rows = self.conv(x, grid.height, grid.width)
+        return Pending(rows), grid._replace(height=-(-grid.height // 2), width=-(-grid.width // 2))
+
+
+class Upsample:
+    """Doubling and the convolution after it."""
+
+    def __init__(self, conv: torch.nn.Conv2d, dtype: torch.dtype) -> None:
+        self.conv = Doubling(conv, dtype)
+
+    def __call__(self, x: Tensor, grid: Grid) -> tuple[Pending, Grid]:
+        """As :meth:`Downsample.__call__`."""
+        rows = self.conv(x, grid.height, grid.width)
+        return Pending(rows, bias=self.conv.bias), grid._replace(height=2 * grid.height, width=2 * grid.width)

@@ -26,7 +26,7 @@ class Pending(NamedTuple):
     Attributes:
         x: ``[N, R, C]``.
         residual: ``[N, R, C]`` or None.
-        bias: ``[C]`` or None; only together with a residual.
+        bias: ``[C]`` or None.
     """
 
     x: Tensor
@@ -35,14 +35,13 @@ class Pending(NamedTuple):
 
     def total(self) -> Tensor:
         """The sum ``[N, R, C]``."""
-        if self.residual is None:
-            return self.x
-        return self.write(torch.empty_like(self.x))
+        plain = self.residual is None and self.bias is None
+        return self.x if plain else self.write(torch.empty_like(self.x))
 
     def write(self, out: Tensor) -> Tensor:
         """The sum, written to ``out``, which may be a part of a wider tensor."""
         if self.residual is None:
-            return out.copy_(self.x)
+            return out.copy_(self.x) if self.bias is None else torch.add(self.x, self.bias, out=out)
         torch.add(self.x, self.residual, out=out)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -72,7 +71,8 @@ class Norm:
         rows = x.x.view(samples, -1, channels)
         options = {"weight": self.weight, "bias": self.bias, "groups": self.groups, "eps": self.eps, "silu": self.silu}
         if x.residual is None:
-            return group_norm_silu(rows, emb=shift, **options).view(shape), x.x
+            total = x.total()
+            return group_norm_silu(total.view(rows.shape), emb=shift, **options).view(shape), total
         residual = x.residual.view(rows.shape)
         out, total = group_norm_silu_residual(rows, residual, emb=x.bias, **options)
         return out.view(shape), total.view(shape)
@@ -90,10 +90,36 @@ class Convolution:
         self.stride, self.padding, self.add_bias = conv.stride, conv.padding, add_bias
 
     def __call__(self, rows: Tensor, height: int, width: int) -> Tensor:
-        """``[N, height * width, C_in]`` to ``[N, R', C_out]``; N, height and width may also stand for clips, frames and pixels."""
+        """``[N, height * width, C_in]`` to ``[N, R', C_out]``; the three may also stand for clips, frames and pixels."""
         image = rows.view(-1, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
         out = F.conv2d(image, self.weight, self.bias if self.add_bias else None, self.stride, self.padding)
         return out.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Doubling:
+    """Nearest doubling and a 3x3 convolution in one transposed convolution; 2.25 times fewer FLOPs. The bias is left out."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        weight = doubling_filters(conv.weight.detach().double())
+        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = conv.bias.detach().to(dtype)
+
+    def __call__(self, rows: Tensor, height: int, width: int) -> Tensor:
+        """``[N, height * width, C_in]`` to ``[N, 4 * height * width, C_out]``."""
+        image = rows.view(-1, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
+        return F.conv_transpose2d(image, self.weight, stride=2, padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def doubling_filters(weight: Tensor) -> Tensor:
+    """Filters ``[I, O, 4, 4]`` of the transposed convolution with stride 2 that doubles an image and convolves it.
+
+    A doubled image and three taps k read two source pixels: even outputs (k0, k1 + k2), odd ones (k0 + k1, k2).
+
+    Args:
+        weight: ``[O, I, 3, 3]``, best in float64: taps are added up.
+    """
+    taps = weight.new_tensor(((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0)))  # [tap of the transposed filter, tap]
+    return torch.einsum("tk,sl,oikl->iots", taps, taps, weight)
 
 
 class Linear:

@@ -6,12 +6,13 @@ for a model (embeddings of the sampler's time steps) is computed once, outside o
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fvgen.inference.residual import Resample, ResidualEngine
+from fvgen.inference.residual import Downsample, ResidualEngine, Upsample
 from fvgen.inference.rows import Convolution, Grid, Norm, Pending
 from fvgen.inference.transformers import ContextKeys, SpatialEngine, TemporalEngine
 from fvgen.models.unet import UNetLayer, VideoUNet
@@ -44,8 +45,9 @@ class UNetEngine:
         self._mid = self._layer(unet.mid.layer)
         self._mid_out = self._residual(unet.mid.res_out)
         self._up = [[self._layer(layer) for layer in level.layers] for level in unet.up_levels]
-        self._leave_down = [self._resample(level.resample, up=False) for level in unet.down_levels]
-        self._leave_up = [self._resample(level.resample, up=True) for level in unet.up_levels]
+        down, up = ([level.resample for level in levels] for levels in (unet.down_levels, unet.up_levels))
+        self._leave_down = [None if block is None else Downsample(block.conv, dtype) for block in down]
+        self._leave_up = [None if block is None else Upsample(block.conv, dtype) for block in up]
         self._norm_out, self._conv_out = Norm(unet.norm_out, dtype), _padded(unet.conv_out, dtype)
         self._weights = torch.cat([weight for weight, _ in self._shifts])
         self._biases = torch.cat([bias for _, bias in self._shifts])
@@ -68,7 +70,7 @@ class UNetEngine:
     def keys(self, context: Tensor, frames: int) -> Keys:
         """Keys and values of a context ``[B, 77 + N, D]``, per spatial transformer in the order in which they run."""
         text, image = self._unet.split_context(context.to(self.dtype), frames)
-        layers = [*sum(self._down, []), self._mid, *sum(self._up, [])]
+        layers = [*chain(*self._down), self._mid, *chain(*self._up)]
         return [layer.spatial.keys(text, image) for layer in layers if layer.spatial is not None]
 
     @torch.inference_mode()
@@ -94,8 +96,7 @@ class UNetEngine:
                 skips.append(total)
             if leave is not None:
                 skips.append(h.total())
-                rows, grid = leave(skips[-1], grid)
-                h = Pending(rows)
+                h, grid = leave(skips[-1], grid)
         h, total = self._run(self._mid, h, each, seen, grid)
         skips.append(total)
         h, _ = self._mid_out(h, next(each), grid)
@@ -104,7 +105,6 @@ class UNetEngine:
                 h, _ = self._run(layer, _join(h, skips.pop()), each, seen, grid)
             if leave is not None:
                 h, grid = leave(h.total(), grid)
-                h = Pending(h)
         out, _ = self._norm_out(h, batch * frames)
         v = self._conv_out(out, height, width)[..., : self._unet.config.out_channels]
         return v.float().unflatten(1, (height, width)).unflatten(0, (batch, frames)).permute(0, 4, 1, 2, 3)
@@ -125,9 +125,6 @@ class UNetEngine:
         weight, bias, conv_bias = (x.detach().to(exact) for x in (*block.embedding.parameters(), block.conv_1.bias))
         self._shifts.append((weight, bias + conv_bias))
         return ResidualEngine(block, self.dtype)
-
-    def _resample(self, block, up: bool) -> Resample | None:
-        return None if block is None else Resample(block.conv, self.dtype, up)
 
 
 def _join(x: Pending, skip: Tensor) -> Pending:

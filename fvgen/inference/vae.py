@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fvgen.inference.rows import doubling_filters
 from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_residual
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ INDEXABLE = 1 << 31  # elements of a tensor that convolutions index with 32 bits
 
 # Nearest doubling and a 3-tap filter k read two source pixels: even outputs (k0, k1 + k2), odd ones (k0 + k1, k2).
 _PHASES = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))  # [phase, source pixel, tap]
-_TRANSPOSED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))  # the same as a transposed filter: [source tap, tap]
 
 
 class _Lacking(NamedTuple):
@@ -214,8 +214,7 @@ class _Transposed(_Resampler):
     """The same as a transposed 4x4 convolution with stride 2."""
 
     def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        taps = weight.new_tensor(_TRANSPOSED)
-        return _filters(torch.einsum("tk,sl,oikl->iots", taps, taps, weight), dtype)
+        return _filters(doubling_filters(weight), dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, None]:
         padded = _bordered(_sum(x, residual), 1, self.fill).permute(0, 3, 1, 2)

@@ -99,7 +99,7 @@ _TYPES = {
     **dict.fromkeys(("rows", "channels", "groups", "programs", "samples"), "i32"),
     "eps": "fp32",
 }
-_TILE = {"ROWS": 128, "BLOCK_R": 32, "BLOCK_C": 64}
+_TILE = {"ROWS": 128, "BLOCK_R": 16, "BLOCK_C": 64}
 _AFFINE = "x_ptr emb_ptr weight_ptr bias_ptr mean_ptr rstd_ptr"
 _SIZES = "rows channels groups"
 _FORMS = ({"HAS_RESIDUAL": False, "EMB": 2}, {"HAS_RESIDUAL": True, "EMB": 2})
@@ -173,7 +173,8 @@ FORWARD = OpSpec(
             _kernel(
                 "combine_kernel",
                 f"partial_ptr mean_ptr rstd_ptr eps {_SIZES} programs",
-                {"ROWS": 128, "BLOCK_P": 1024 // j, "BLOCK_J": j},
+                {"ROWS": 128, "BLOCK_P": 4096 // j, "BLOCK_J": j},
+                warps=8,
             )
             for j in _WIDTHS
         ),

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fvgen.kernels.group_norm_silu.reference import is_small
 
-ROWS = 128  # rows per program, in tiles of BLOCK_R x BLOCK_C
-BLOCK_R, BLOCK_C = 32, 64
+ROWS = 128  # rows per program, at least, in tiles of BLOCK_R x BLOCK_C
+BLOCK_R, BLOCK_C = 16, 64
+COMBINED = 4096  # partial statistics joined at a time
+PROGRAMS = 1024  # as many as keep a large GPU busy: beyond, a program takes more rows, and fewer statistics are to be joined
 
 
 @triton.jit
@@ -37,43 +39,45 @@ def statistics_kernel(
     x_ptr, residual_ptr, emb_ptr, total_ptr, partial_ptr, rows, channels, programs,
     HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over ROWS rows: tiles in two passes, joined by Chan's formula.
+    """Mean and sum of squared deviations of each channel over ROWS rows.
 
-    With a residual the sum is stored on the way. Without one the embedding only moves the mean.
+    Both are taken about the first row, so that a large mean costs no digits, and summed over a tile's rows only at the end, so that
+    nothing is waited for but memory. With a residual the sum is stored on the way; without one the embedding only moves the mean.
     """
     i_x = tl.program_id(0).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
-    b_mean = tl.zeros([BLOCK_C], tl.float32)
-    b_square = tl.zeros([BLOCK_C], tl.float32)
-    # unrolled, so that loads are under way early; in full with a residual it would spill
-    for i_r in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=2 if HAS_RESIDUAL else ROWS // BLOCK_R):
-        first = i_p * ROWS + i_r
-        o_r = first + tl.arange(0, BLOCK_R)
-        m_x = (o_r < rows)[:, None] & m_c[None, :]
-        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
-        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    left = tl.minimum(rows - i_p * ROWS, ROWS).to(tl.int32)
+    o_r = tl.arange(0, BLOCK_R)
+    p_x = (i_n * rows + i_p * ROWS) * channels + o_c
+    b_pivot = tl.load(x_ptr + p_x, mask=m_c, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        b_pivot += b_emb + tl.load(residual_ptr + p_x, mask=m_c, other=0.0).to(tl.float32)
+    o_x = p_x[None, :] + o_r[:, None] * channels
+    b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    b_square = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for i_r in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=4):
+        m_x = (i_r + o_r < left)[:, None] & m_c[None, :]
+        b_x = tl.load(x_ptr + o_x + i_r * channels, mask=m_x, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             b_x += b_emb[None, :]
-            b_x += tl.load(residual_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_x += tl.load(residual_ptr + o_x + i_r * channels, mask=m_x, other=0.0).to(tl.float32)
             b_total = b_x.to(total_ptr.dtype.element_ty)
-            tl.store(total_ptr + o_x, b_total, mask=m_x)
-            b_x = tl.where(m_x, b_total.to(tl.float32), 0.0)
-        before = tl.minimum(rows - i_p * ROWS, i_r).to(tl.float32)
-        count = tl.maximum(tl.minimum(rows - first, BLOCK_R), 0).to(tl.float32)
-        b_tile = tl.sum(b_x, 0) / tl.maximum(count, 1.0)
-        b_off = tl.where(m_x, b_x - b_tile[None, :], 0.0)
-        b_delta = b_tile - b_mean
-        share = count / (before + count)
-        b_mean += b_delta * share
-        b_square += tl.sum(b_off * b_off, 0) + b_delta * b_delta * (before * share)
-    p_out = partial_ptr + 2 * i_x * channels + o_c
+            tl.store(total_ptr + o_x + i_r * channels, b_total, mask=m_x)
+            b_x = b_total.to(tl.float32)
+        b_x = tl.where(m_x, b_x - b_pivot[None, :], 0.0)
+        b_sum += b_x
+        b_square += b_x * b_x
+    count = left.to(tl.float32)
+    b_off = tl.sum(b_sum, 0) / count
+    b_mean = b_pivot + b_off
     if not HAS_RESIDUAL:
         b_mean += b_emb
+    p_out = partial_ptr + 2 * i_x * channels + o_c
     tl.store(p_out, b_mean, mask=m_c)
-    tl.store(p_out + channels, b_square, mask=m_c)
+    tl.store(p_out + channels, tl.maximum(tl.sum(b_square, 0) - b_off * b_off * count, 0.0), mask=m_c)
 
 
 @triton.jit
@@ -81,34 +85,28 @@ def combine_kernel(
     partial_ptr, mean_ptr, rstd_ptr, eps, rows, channels, groups, programs,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of a group from those of its channels and blocks of rows."""
+    """Mean and 1 / standard deviation of a group from those of its channels and blocks of rows, about the first of their means."""
     i_g = tl.program_id(0).to(tl.int64)
     i_n = i_g // groups
     width = channels // groups
     o_j = tl.arange(0, BLOCK_J)
     m_j = o_j < width
     p_mean = partial_ptr + 2 * i_n * programs * channels + (i_g % groups) * width
-    shift = tl.load(p_mean)
+    pivot = tl.load(p_mean)
     size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
     b_sum = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        o_p = first + tl.arange(0, BLOCK_P).to(tl.int64)
-        m_p = (o_p < programs)[:, None] & m_j[None, :]
-        b_count = tl.minimum(rows - o_p * ROWS, ROWS).to(tl.float32)[:, None]
-        b_m = tl.load(p_mean + 2 * o_p[:, None] * channels + o_j[None, :], mask=m_p, other=0.0)
-        b_sum += tl.where(m_p, (b_m - shift) * b_count, 0.0)
-    mean = shift + tl.sum(tl.sum(b_sum, 1), 0) / size
     b_square = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
     for first in range(0, programs, BLOCK_P):
         o_p = first + tl.arange(0, BLOCK_P).to(tl.int64)
         m_p = (o_p < programs)[:, None] & m_j[None, :]
         b_count = tl.minimum(rows - o_p * ROWS, ROWS).to(tl.float32)[:, None]
         p_p = p_mean + 2 * o_p[:, None] * channels + o_j[None, :]
-        b_m = tl.load(p_p, mask=m_p, other=0.0) - mean
-        b_q = tl.load(p_p + channels, mask=m_p, other=0.0)
-        b_square += tl.where(m_p, b_q + b_m * b_m * b_count, 0.0)
-    variance = tl.sum(tl.sum(b_square, 1), 0) / size
-    tl.store(mean_ptr + i_g, mean)
+        b_m = tl.where(m_p, tl.load(p_p, mask=m_p, other=0.0) - pivot, 0.0)
+        b_sum += b_m * b_count
+        b_square += tl.load(p_p + channels, mask=m_p, other=0.0) + b_m * b_m * b_count
+    off = tl.sum(tl.sum(b_sum, 1), 0) / size
+    variance = tl.maximum(tl.sum(tl.sum(b_square, 1), 0) / size - off * off, 0.0)
+    tl.store(mean_ptr + i_g, pivot + off)
     tl.store(rstd_ptr + i_g, 1.0 / tl.sqrt_rn(variance + eps))
 
 
@@ -117,8 +115,8 @@ def normalise_kernel(
     x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, rows, channels, groups, programs,
     EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """silu((x + emb - mean) rstd weight + bias)."""
-    i_x = tl.program_id(0).to(tl.int64)
+    """silu((x + emb - mean) rstd weight + bias). From the end, since the last rows are those still in the cache."""
+    i_x = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
@@ -127,7 +125,7 @@ def normalise_kernel(
     b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    for i_r in range(0, ROWS, BLOCK_R):
+    for i_r in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=4):
         o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
         m_x = (o_r < rows)[:, None] & m_c[None, :]
         o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
@@ -298,6 +296,14 @@ def _emb_rows(emb: Tensor) -> int:
     return emb.ndim if emb.numel() else 0
 
 
+def rows_per_program(rows: int, channels: int) -> int:
+    """For ``rows`` in all samples together."""
+    each = ROWS
+    while each < 4 * ROWS and triton.cdiv(rows, 2 * each) * triton.cdiv(channels, BLOCK_C) >= PROGRAMS:
+        each *= 2
+    return each
+
+
 def group_norm_silu(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, ...]:
@@ -315,14 +321,15 @@ def group_norm_silu(
             SILU=silu, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
         )  # fmt: skip
         return out, total, mean, rstd
-    programs = triton.cdiv(rows, ROWS)
+    rows_each = rows_per_program(n * rows, channels)
+    programs = triton.cdiv(rows, rows_each)
     grid = (n * programs, triton.cdiv(channels, BLOCK_C))
-    tile = {"ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    tile = {"ROWS": rows_each, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
     partial = x.new_empty((n, programs, 2, channels), dtype=torch.float32)
     statistics_kernel[grid](x, residual, emb, total, partial, rows, channels, programs, **options, **tile)
     combine_kernel[(n * groups,)](
         partial, mean, rstd, eps, rows, channels, groups, programs,
-        ROWS=ROWS, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
+        ROWS=rows_each, BLOCK_P=max(1, COMBINED // block_j), BLOCK_J=block_j, num_warps=8,
     )  # fmt: skip
     summed, added = (total, 0) if has_residual else (x, options["EMB"])
     normalise_kernel[grid](
