@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvgen.diffusion.noise import NoiseSource
 from fvgen.geometry import estimate_scene
 from fvgen.geometry.coincide import coincident_photos
 from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
@@ -155,6 +156,7 @@ class FVGenPipeline:
     def __init__(self, bundle: Any, device: str | torch.device = "cpu") -> None:
         self.bundle = bundle
         self.device = torch.device(device)
+        self._sampler: ModelSampler | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str] = "tiny", device: str = "auto") -> FVGenPipeline:
@@ -213,15 +215,34 @@ class FVGenPipeline:
         check_sampling(sampler, steps)
         check_segments(prepared.segments)
         watch = Stopwatch(self.device, callback)
-        model = ModelSampler(self.bundle, seed)
-        guided = sampler == "teacher" and model.index.guidance_scale != 1.0
+        if self._sampler is None:
+            self._sampler = ModelSampler(self.bundle)
+        model, noise = self._sampler, self._sampler.noise(seed)
         alike = len({len(s) for s in prepared.segments}) == 1  # clips of one length are generated together
         batches = [prepared.segments] if alike else [(s,) for s in prepared.segments]
+        clips = [torch.stack([prepared.renders.rgb[list(s)] for s in batch]) for batch in batches]
+        graphs = [graph for clip in clips if sampler == "few_step" and (graph := model.graph(clip.shape, steps))]
+        frames: list[Tensor] = []
+        if len(graphs) == len(clips):
+            with watch.stage("generate"):
+                for clip, graph in zip(clips, graphs, strict=True):
+                    frames += graph(clip, model.clip_noise(clip.shape, steps, noise)).clone().unbind(0)
+        else:
+            frames = self._by_stages(model, clips, sampler, steps, noise, watch)
+        video = torch.cat([frames[0], *(f[1:] for f in frames[1:])])  # neighbours share a frame
+        timings = {**prepared.timings, **watch.timings}
+        return Result(VideoClip(video), prepared.renders, prepared.renders.cameras, prepared, timings)
+
+    @staticmethod
+    def _by_stages(
+        model: ModelSampler, clips: list[Tensor], sampler: str, steps: int, noise: NoiseSource, watch: Stopwatch
+    ) -> list[Tensor]:
+        """Frames ``[T, 3, H, W]`` of every clip of the batches ``[B, T, 3, H, W]``, with the progress of each step."""
+        guided = sampler == "teacher" and model.index.guidance_scale != 1.0
         with watch.stage("encode"):
-            clips = [torch.stack([prepared.renders.rgb[list(s)] for s in batch]) for batch in batches]
             conditions = [model.condition(clip, guided) for clip in clips]
-        noise, latents = model.noise(), []
         sample = model.few_step if sampler == "few_step" else model.ddim
+        latents: list[Tensor] = []
         with watch.stage("sample") as report:
             for done, condition in enumerate(conditions):
 
@@ -231,12 +252,11 @@ class FVGenPipeline:
                 latents.append(sample(condition, steps, noise=noise, callback=tick))
         frames: list[Tensor] = []
         with watch.stage("decode") as report:
-            for clip in (clip for batch in latents for clip in batch.split(1)):
-                report("decode", len(frames) / len(prepared.segments))
-                frames.append(model.decode(clip)[0])
-        video = torch.cat([frames[0], *(f[1:] for f in frames[1:])])  # neighbours share a frame
-        timings = {**prepared.timings, **watch.timings}
-        return Result(VideoClip(video), prepared.renders, prepared.renders.cameras, prepared, timings)
+            each = 1 if model.device.type == "cpu" else len(latents[0])  # slow enough there to show progress
+            for part in (part for batch in latents for part in batch.split(each)):
+                report("decode", len(frames) / sum(len(clip) for clip in clips))
+                frames += model.decode(part).unbind(0)
+        return frames
 
 
 def find_model(name_or_dir: str | os.PathLike[str]) -> Path:

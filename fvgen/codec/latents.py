@@ -70,14 +70,17 @@ class LatentCodec:
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """Frames ``[B, T, 3, H, W]`` float32 of scaled latents ``[B, C, T, h, w]``; in [0, 1] when ``clamp`` is set."""
         b, _, frames, _, _ = latents.shape
-        flat = (latents / self.scaling_factor).transpose(1, 2).flatten(0, 1).to(self._parameter.dtype)
-        pixels = torch.cat([self.vae.decode(part).sample.float() for part in flat.split(self.chunk)])
+        flat = (latents / self.scaling_factor).transpose(1, 2).flatten(0, 1)
+        pixels = torch.cat([self._pixels(part) for part in flat.split(self.chunk)])
         rgb = ((pixels + 1) / 2).unflatten(0, (b, frames))
         return rgb.clamp(0, 1) if clamp else rgb
 
     @property
     def _parameter(self) -> Tensor:
         return next(self.vae.parameters())
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self._parameter.dtype)).sample.float()
 
     def _moments(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels.to(self._parameter)).latent_dist.parameters.float()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fvgen.diffusion.predict import StepCallback
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.diffusion.timesteps import make_timesteps
 from fvgen.inference.towers import PackedImageTower
@@ -34,16 +35,15 @@ class ClipEngine:
     Args:
         bundle: the model, on the device where it is to run; weights are copied.
         dtype: of weights and activations.
-        conv_search: let cuDNN time its algorithms at the first call of every shape.
     """
 
-    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.bfloat16, conv_search: bool = True) -> None:
-        self.dtype, self.index, self._conv_search = dtype, bundle.index, conv_search
+    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype, self.index = dtype, bundle.index
         self.device = next(bundle.unet.parameters()).device
         self.unet = UNetEngine(bundle.unet, dtype)
         self.vae = PackedVAE(bundle.vae, dtype, fold_upsample="transposed")
         self._scaling = float(bundle.vae.config.scaling_factor)
-        self._tower = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)
+        self.tower = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)
         self._prompt = bundle.prompt.to(dtype)
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
         self._shifts: dict[tuple[int, int, int], Shifts] = {}
@@ -57,9 +57,7 @@ class ClipEngine:
             renders: ``[B, T, 3, H, W]`` in [0, 1], the first frame being the photo.
             noise: ``[S, B, C, T, h, w]`` float32 standard normal, one draw for each of S steps.
         """
-        with torch.backends.cudnn.flags(enabled=True, benchmark=self._conv_search, allow_tf32=True):
-            condition = self.condition(renders)
-            return self.decode(self.sample(condition, noise))
+        return self.decode(self.sample(self.condition(renders), noise))
 
     def condition(self, renders: Tensor) -> Conditioned:
         """Latents of the renders, and keys of the prompt and the first frame; see :meth:`__call__`. They run side by side."""
@@ -74,22 +72,21 @@ class ClipEngine:
         main.wait_stream(self._side)
         return Conditioned(latents, keys)
 
-    def sample(self, condition: Conditioned, noise: Tensor, after: Callable[[int, int], None] | None = None) -> Tensor:
+    def sample(self, condition: Conditioned, noise: Tensor, callback: StepCallback | None = None) -> Tensor:
         """Clean latents ``[B, C, T, h, w]`` float32, as :func:`fvgen.diffusion.few_step.few_step_sample` defines them.
 
         Args:
             condition, noise: see :meth:`__call__`.
-            after: called with (steps done, steps) after each step.
+            callback: called with (steps done, steps, clean latents) after each step.
         """
         times = make_timesteps(len(noise))
         x = noise[0]
         for i, time in enumerate(times):
             a, b, s = self._rates(time)
-            stacked = torch.cat([x, condition.latents], dim=1)
-            v = self.unet(stacked, self.shifts(time, x.shape[0], x.shape[2]), condition.keys)
+            v = self.unet(UNetEngine.stack(x, condition.latents), self.shifts(time, x.shape[0], x.shape[2]), condition.keys)
             x0 = torch.add((a / s) * x, v, alpha=-b / s)
-            if after is not None:
-                after(i + 1, len(times))
+            if callback is not None:
+                callback(i + 1, len(times), x0)
             if i + 1 < len(times):
                 a, b, s = self._rates(times[i + 1])
                 x = torch.add((a * s) * x0, noise[i + 1], alpha=b)
@@ -98,7 +95,7 @@ class ClipEngine:
     def decode(self, latents: Tensor) -> Tensor:
         """Frames ``[B, T, 3, H, W]`` float32 in [0, 1] of latents ``[B, C, T, h, w]``."""
         flat = (latents / self._scaling).transpose(1, 2).flatten(0, 1)
-        rgb = self.vae.decode(flat) / 2 + 0.5
+        rgb = (self.vae.decode(flat) + 1) / 2
         return rgb.clamp_(0, 1).unflatten(0, (latents.shape[0], -1))
 
     def shifts(self, time: int, batch: int, frames: int) -> Shifts:
@@ -118,7 +115,7 @@ class ClipEngine:
         return (mean * self._scaling).unflatten(0, pixels.shape[:2]).transpose(1, 2)
 
     def _keys(self, pixels: Tensor) -> Keys:
-        tokens = self._tower(pixels[:, 0])
+        tokens = self.tower(pixels[:, 0])
         text = self._prompt.expand(tokens.shape[0], -1, -1)
         return self.unet.keys(torch.cat([text, tokens.to(text)], dim=1), pixels.shape[1])
 
@@ -128,24 +125,34 @@ class ClipGraph:
 
     Args:
         engine: the model, on a CUDA device.
-        renders, noise: tensors of the shapes to record for, see :meth:`ClipEngine.__call__`.
+        shape: ``[B, T, 3, H, W]`` of the renders.
+        steps: of the few-step sampler.
+
+    Attributes:
+        memory: bytes that the recording holds.
     """
 
-    def __init__(self, engine: ClipEngine, renders: Tensor, noise: Tensor) -> None:
-        self._renders, self._noise = renders.clone(), noise.clone()
-        before = torch.cuda.memory_reserved(engine.device)
-        side = torch.cuda.Stream(engine.device)
-        side.wait_stream(torch.cuda.current_stream(engine.device))
+    @torch.inference_mode()
+    def __init__(self, engine: ClipEngine, shape: Sequence[int], steps: int = 4) -> None:
+        b, frames, _, height, width = shape
+        factor, device = engine.vae.factor, engine.device
+        latent = (b, engine.index.latent_channels, frames, height // factor, width // factor)
+        self._renders = torch.rand(tuple(shape), device=device)
+        self._noise = torch.randn((steps, *latent), device=device)
+        before = torch.cuda.memory_reserved(device)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             engine(self._renders, self._noise)  # kernels are compiled and algorithms chosen before the recording
-        torch.cuda.current_stream(engine.device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._frames = engine(self._renders, self._noise)
-        self.memory = torch.cuda.memory_reserved(engine.device) - before  # bytes
+        self.memory = torch.cuda.memory_reserved(device) - before
 
+    @torch.inference_mode()
     def __call__(self, renders: Tensor, noise: Tensor) -> Tensor:
-        """Frames ``[B, T, 3, H, W]``; valid until the next call."""
+        """Frames ``[B, T, 3, H, W]``, valid until the next call; see :meth:`ClipEngine.__call__`."""
         self._renders.copy_(renders)
         self._noise.copy_(noise)
         self._graph.replay()

@@ -73,6 +73,11 @@ class UNetEngine:
         layers = [*chain(*self._down), self._mid, *chain(*self._up)]
         return [layer.spatial.keys(text, image) for layer in layers if layer.spatial is not None]
 
+    @staticmethod
+    def stack(x: Tensor, latents: Tensor) -> Tensor:
+        """The network's input: noisy latents, then those of the condition, ``[B, C, T, h, w]`` each."""
+        return torch.cat([x, latents.to(x.dtype)], dim=1)
+
     @torch.inference_mode()
     def __call__(self, x: Tensor, shifts: Shifts, keys: Keys) -> Tensor:
         """``v [B, C, T, h, w]`` float32.
