@@ -35,10 +35,12 @@ class ClipEngine:
     Args:
         bundle: the model, on the device where it is to run; weights are copied.
         dtype: of weights and activations.
+        fast: every second step takes the features of all resolutions but the highest from the step before, see
+            :meth:`UNetEngine.with_lower`; quicker, and an approximation.
     """
 
-    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.dtype, self.index = dtype, bundle.index
+    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.bfloat16, fast: bool = False) -> None:
+        self.dtype, self.fast, self.index = dtype, fast, bundle.index
         self.device = next(bundle.unet.parameters()).device
         self.unet = UNetEngine(bundle.unet, dtype)
         self.vae = PackedVAE(bundle.vae, dtype, fold_upsample="transposed")
@@ -80,10 +82,12 @@ class ClipEngine:
             callback: called with (steps done, steps, clean latents) after each step.
         """
         times = make_timesteps(len(noise))
-        x = noise[0]
+        x, lower = noise[0], None
         for i, time in enumerate(times):
             a, b, s = self._rates(time)
-            v = self.unet(UNetEngine.stack(x, condition.latents), self.shifts(time, x.shape[0], x.shape[2]), condition.keys)
+            shifts = self.shifts(time, x.shape[0], x.shape[2])
+            v, lower = self.unet.with_lower(UNetEngine.stack(x, condition.latents), shifts, condition.keys, lower)
+            lower = lower if self.fast and i % 2 == 0 else None
             x0 = torch.add((a / s) * x, v, alpha=-b / s)
             if callback is not None:
                 callback(i + 1, len(times), x0)

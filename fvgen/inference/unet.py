@@ -6,7 +6,6 @@ for a model (embeddings of the sampler's time steps) is computed once, outside o
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from fvgen.inference.residual import Downsample, ResidualEngine, Upsample
 from fvgen.inference.rows import Convolution, Grid, Norm, Pending
 from fvgen.inference.transformers import ContextKeys, SpatialEngine, TemporalEngine
+from fvgen.models.blocks import ResBlock
 from fvgen.models.unet import UNetLayer, VideoUNet
 
 Shifts = list[Tensor]
@@ -22,9 +22,18 @@ Keys = list[list[ContextKeys]]
 
 
 class _Layer(NamedTuple):
+    """The parts of a layer, and which of the shifts and keys are its own."""
+
     res: ResidualEngine
-    spatial: SpatialEngine | None
-    temporal: TemporalEngine | None
+    shift: int
+    spatial: SpatialEngine | None = None
+    temporal: TemporalEngine | None = None
+    key: int = 0
+
+
+class _Given(NamedTuple):
+    shifts: Shifts
+    keys: Keys
 
 
 class UNetEngine:
@@ -37,17 +46,17 @@ class UNetEngine:
 
     def __init__(self, unet: VideoUNet, dtype: torch.dtype = torch.bfloat16) -> None:
         self._unet, self.dtype = unet, dtype
-        self._residuals: list[ResidualEngine] = []
+        self._attending: list[SpatialEngine] = []
         self._shifts: list[tuple[Tensor, Tensor]] = []  # weight and bias of every block's embedding, float32
         self._conv_in = Convolution(unet.conv_in, dtype, add_bias=True)
         self._temporal_in = None if unet.temporal_in is None else TemporalEngine(unet.temporal_in, dtype)
         self._down = [[self._layer(layer) for layer in level.layers] for level in unet.down_levels]
         self._mid = self._layer(unet.mid.layer)
-        self._mid_out = self._residual(unet.mid.res_out)
+        self._mid_out = _Layer(*self._residual(unet.mid.res_out))
         self._up = [[self._layer(layer) for layer in level.layers] for level in unet.up_levels]
-        down, up = ([level.resample for level in levels] for levels in (unet.down_levels, unet.up_levels))
-        self._leave_down = [None if block is None else Downsample(block.conv, dtype) for block in down]
-        self._leave_up = [None if block is None else Upsample(block.conv, dtype) for block in up]
+        # by the level above the change, highest resolution first
+        self._leave_down = [Downsample(level.resample.conv, dtype) for level in unet.down_levels if level.resample]
+        self._leave_up = [Upsample(level.resample.conv, dtype) for level in unet.up_levels if level.resample][::-1]
         self._norm_out, self._conv_out = Norm(unet.norm_out, dtype), _padded(unet.conv_out, dtype)
         self._weights = torch.cat([weight for weight, _ in self._shifts])
         self._biases = torch.cat([bias for _, bias in self._shifts])
@@ -70,8 +79,7 @@ class UNetEngine:
     def keys(self, context: Tensor, frames: int) -> Keys:
         """Keys and values of a context ``[B, 77 + N, D]``, per spatial transformer in the order in which they run."""
         text, image = self._unet.split_context(context.to(self.dtype), frames)
-        layers = [*chain(*self._down), self._mid, *chain(*self._up)]
-        return [layer.spatial.keys(text, image) for layer in layers if layer.spatial is not None]
+        return [spatial.keys(text, image) for spatial in self._attending]
 
     @staticmethod
     def stack(x: Tensor, latents: Tensor) -> Tensor:
@@ -86,50 +94,70 @@ class UNetEngine:
             x: ``[B, in_channels, T, h, w]`` noisy latents, then condition latents.
             shifts, keys: see there.
         """
+        return self.with_lower(x, shifts, keys)[0]
+
+    @torch.inference_mode()
+    def with_lower(self, x: Tensor, shifts: Shifts, keys: Keys, lower: Pending | None = None) -> tuple[Tensor, Pending | None]:
+        """``v`` and what the lower resolutions hand back to the highest one, None where there is only one.
+
+        Given the latter from an earlier call, they are left out, about half of the work: from one step to the next these features
+        change least (DeepCache, arXiv 2312.00858).
+        """
         batch, _, frames, height, width = x.shape
         grid = Grid(batch, frames, height, width)
-        each, seen = iter(shifts), iter(keys)
         rows = x.to(self.dtype).permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, -1)
         h = Pending(self._conv_in(rows, height, width))
         if self._temporal_in is not None:
             h = self._temporal_in(h, grid)
-        skips, grids = [], []
-        for layers, leave in zip(self._down, self._leave_down, strict=True):
-            grids.append(grid)
-            for layer in layers:
-                h, total = self._run(layer, h, each, seen, grid)
-                skips.append(total)
-            if leave is not None:
-                skips.append(h.total())
-                h, grid = leave(skips[-1], grid)
-        h, total = self._run(self._mid, h, each, seen, grid)
-        skips.append(total)
-        h, _ = self._mid_out(h, next(each), grid)
-        for layers, leave in zip(self._up, self._leave_up, strict=True):
-            for layer in layers:
-                h, _ = self._run(layer, _join(h, skips.pop()), each, seen, grid)
-            if leave is not None:
-                h, grid = leave(h.total(), grid)
+        h, lower = self._level(0, h, _Given(shifts, keys), grid, lower)
         out, _ = self._norm_out(h, batch * frames)
         v = self._conv_out(out, height, width)[..., : self._unet.config.out_channels]
-        return v.float().unflatten(1, (height, width)).unflatten(0, (batch, frames)).permute(0, 4, 1, 2, 3)
+        return v.float().unflatten(1, (height, width)).unflatten(0, (batch, frames)).permute(0, 4, 1, 2, 3), lower
 
-    def _run(self, layer: _Layer, x: Pending, shifts, keys, grid: Grid) -> tuple[Pending, Tensor]:
-        h, total = layer.res(x, next(shifts), grid)
+    def _level(
+        self, level: int, h: Pending, given: _Given, grid: Grid, lower: Pending | None = None
+    ) -> tuple[Pending, Pending | None]:
+        """A resolution on the way down, all below it (unless ``lower`` is given), and the same resolution on the way up."""
+        skips: list[Tensor] = []
+        for layer in self._down[level]:
+            h, total = self._run(layer, h, given, grid)
+            skips.append(total)
+        deepest = len(self._down) - 1
+        if level == deepest:
+            h, total = self._run(self._mid, h, given, grid)
+            skips.append(total)
+            h, _ = self._mid_out.res(h, given.shifts[self._mid_out.shift], grid)
+        else:
+            skips.append(h.total())
+            if lower is None:
+                below, smaller = self._leave_down[level](skips[-1], grid)
+                below, _ = self._level(level + 1, below, given, smaller)
+                lower, _ = self._leave_up[level](below.total(), smaller)
+            h = lower
+        for layer in self._up[deepest - level]:
+            h, _ = self._run(layer, _join(h, skips.pop()), given, grid)
+        return h, lower
+
+    @staticmethod
+    def _run(layer: _Layer, x: Pending, given: _Given, grid: Grid) -> tuple[Pending, Tensor]:
+        h, total = layer.res(x, given.shifts[layer.shift], grid)
         if layer.spatial is not None:
-            h = layer.spatial(h, next(keys))
+            h = layer.spatial(h, given.keys[layer.key])
         return (h if layer.temporal is None else layer.temporal(h, grid)), total
 
     def _layer(self, layer: UNetLayer) -> _Layer:
+        key = len(self._attending)
         spatial = None if layer.spatial is None else SpatialEngine(layer.spatial, self.dtype)
+        if spatial is not None:
+            self._attending.append(spatial)
         temporal = None if layer.temporal is None else TemporalEngine(layer.temporal, self.dtype)
-        return _Layer(self._residual(layer.res), spatial, temporal)
+        return _Layer(*self._residual(layer.res), spatial, temporal, key)
 
-    def _residual(self, block) -> ResidualEngine:
+    def _residual(self, block: ResBlock) -> tuple[ResidualEngine, int]:
         exact = torch.promote_types(self.dtype, torch.float32)
         weight, bias, conv_bias = (x.detach().to(exact) for x in (*block.embedding.parameters(), block.conv_1.bias))
         self._shifts.append((weight, bias + conv_bias))
-        return ResidualEngine(block, self.dtype)
+        return ResidualEngine(block, self.dtype), len(self._shifts) - 1
 
 
 def _join(x: Pending, skip: Tensor) -> Pending:

@@ -97,6 +97,18 @@ def test_every_weight_matters() -> None:
     assert deaf == []
 
 
+def test_the_lower_resolutions_can_be_taken_from_an_earlier_call() -> None:
+    unet = _network(channel_mult=(1, 2, 2), attention_resolutions=(1, 2))
+    x, timesteps, context, fps = _inputs(1, 48, height=8, width=12)
+    engine = UNetEngine(unet, torch.float64)
+    shifts, keys = engine.shifts(timesteps, fps, 3), engine.keys(context, 3)
+    expected, lower = engine.with_lower(x, shifts, keys)
+    assert torch.equal(engine.with_lower(x, shifts, keys, lower)[0], expected)
+    other = engine.with_lower(0.5 * x, shifts, keys, lower)[0]
+    assert not torch.equal(other, expected), "the highest resolution must see the present input"
+    assert not torch.allclose(other, engine(0.5 * x, shifts, keys)), "the lower ones must not"
+
+
 def test_a_pending_sum_is_written_where_it_is_wanted() -> None:
     x, residual, bias = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4)
     out = torch.zeros(2, 3, 6)

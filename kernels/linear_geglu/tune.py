@@ -1,0 +1,82 @@
+"""Times ways to cut up the product at the network's shapes: ``python -m fvgen.kernels.linear_geglu.tune`` on a GPU with TMA."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.nn import functional
+from triton.testing import do_bench_cudagraph
+
+from fvgen.kernels._testing import largest_error
+from fvgen.kernels.geglu.triton import geglu
+from fvgen.kernels.linear_geglu.spec import FORWARD
+from fvgen.kernels.linear_geglu.triton import DEFAULT, Tiles, descriptors_fit, with_descriptors
+
+# rows, channels, depth, warps, stages, persistent programs per multiprocessor
+CANDIDATES = tuple(
+    Tiles(*numbers)
+    for numbers in (
+        (64, 64, 64, 4, 2),
+        (64, 64, 64, 4, 3),
+        (64, 64, 64, 4, 4),
+        (64, 128, 32, 4, 3),
+        (64, 128, 64, 4, 2),
+        (128, 64, 32, 4, 4),
+        (128, 64, 64, 4, 2),
+        (128, 64, 64, 4, 3),
+        (128, 64, 64, 8, 2),
+        (128, 64, 64, 8, 3),
+        (128, 128, 32, 8, 5),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 128, 128, 8, 2),
+        (256, 64, 64, 8, 3),
+        (256, 64, 64, 8, 4),
+        (64, 128, 64, 4, 2, 2),
+        (128, 64, 32, 4, 4, 2),
+        (128, 64, 64, 4, 2, 2),
+        (128, 64, 64, 4, 3, 2),
+        (128, 64, 64, 8, 3, 2),
+        (128, 128, 64, 8, 3, 1),
+        (128, 128, 64, 8, 4, 1),
+        (256, 64, 64, 8, 3, 1),
+    )
+)
+ALLOWED = 2e-2  # difference from the two steps, which round the product to bfloat16, relative to the largest entry
+
+
+def main() -> None:
+    best = []
+    for case in FORWARD.benchmarks:
+        x, weight, bias = case.make("cuda", torch.bfloat16)
+        if not descriptors_fit(x, weight):
+            raise SystemExit("this GPU has no tensor descriptors, or no room for these tiles")
+        (rows, inner), channels = x.shape, weight.shape[0] // 2
+        expected = geglu(functional.linear(x, weight, bias))
+        calls = {
+            "F.linear alone": partial(functional.linear, x, weight, bias),
+            "F.linear, then geglu": lambda x=x, weight=weight, bias=bias: geglu(functional.linear(x, weight, bias)),
+            f"{tuple(DEFAULT)} erf": partial(with_descriptors, x, weight, bias, DEFAULT, exact=True),
+        }
+        calls |= {str(tuple(tiles)): partial(with_descriptors, x, weight, bias, tiles) for tiles in CANDIDATES}
+        times = {}
+        print(f"\n{case.name}: {rows} x {inner} -> {channels}")
+        for name, call in calls.items():
+            try:
+                error = 0.0 if name == "F.linear alone" else largest_error(call(), expected)
+                if not error <= ALLOWED:
+                    raise ValueError(f"off by {error:.1e} of the largest entry")
+                times[name] = 1e3 * do_bench_cudagraph(call, rep=4, return_mode="median")
+            except Exception as failure:  # a tile that does not fit must not end the run
+                print(f"{name}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}")
+        for name, microseconds in sorted(times.items(), key=lambda item: item[1]):
+            print(f"{microseconds:9.1f} us {4e-6 * rows * inner * channels / microseconds:6.0f} TFLOP/s  {name}", flush=True)
+        ours = {tiles: times[str(tuple(tiles))] for tiles in CANDIDATES if str(tuple(tiles)) in times}
+        if ours:
+            best.append(f"    ({rows}, {inner}, {channels}): Tiles{tuple(min(ours, key=lambda tiles: ours[tiles]))},")
+    print("\nMEASURED = {", *best, "}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
