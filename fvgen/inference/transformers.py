@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fvgen.inference.rows import Grid, Linear, Norm, Pending
 from fvgen.kernels.cross_attention import cross_attention
-from fvgen.kernels.geglu import geglu
 from fvgen.kernels.layer_norm_residual import layer_norm_residual
+from fvgen.kernels.linear_geglu import linear_geglu
 from fvgen.kernels.temporal_attention import temporal_attention
 from fvgen.models.attention import CrossAttention, GEGLUFeedForward, SelfAttention, SpatialBlock, TemporalBlock
 from fvgen.models.blocks import SpatialTransformer, TemporalTransformer
@@ -89,7 +89,7 @@ class _FeedForward:
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """``total`` plus the layer's output without its bias, in place."""
-        return self.proj_out.add_to(total, geglu(self.proj_in(x)))
+        return self.proj_out.add_to(total, linear_geglu(x, self.proj_in.weight, self.proj_in.bias))
 
 
 class _Ends:

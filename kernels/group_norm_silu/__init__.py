@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fvgen.kernels.group_norm_silu.spec import group_norm_silu_op
+from fvgen.kernels.group_norm_silu.spec import group_norm_silu_given_op, group_norm_silu_op
 
-__all__ = ["Normalised", "group_norm_silu", "group_norm_silu_residual"]
+__all__ = ["Normalised", "group_norm_silu", "group_norm_silu_given", "group_norm_silu_residual"]
 
 
 class Normalised(NamedTuple):
@@ -94,3 +94,23 @@ def _call(
         raise ValueError(f"emb must have shape [{n}, {channels}] or [{channels}], got {list(emb.shape)}")
     tensors = [x.new_empty(0) if t is None else t.contiguous() for t in (x, residual, weight, bias, emb)]
     return group_norm_silu_op(*tensors, groups, eps, silu)[:2]
+
+
+def group_norm_silu_given(
+    x: Tensor, partial: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *, silu: bool = True
+) -> Tensor:
+    """:func:`group_norm_silu` with statistics that whoever wrote x has taken on the way. Not differentiable.
+
+    Args:
+        x, weight, bias, groups, eps, silu: as there.
+        partial: ``[N, ceil(R / 128), 2, C]`` float32: mean and sum of squared deviations of each channel in blocks of 128 rows.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    n, rows, channels = x.shape
+    if channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(f"x {list(x.shape)} does not fit {groups} groups and weights of shape {list(weight.shape)}")
+    if partial.shape != (n, -(-rows // 128), 2, channels):
+        raise ValueError(f"partial must have shape {[n, -(-rows // 128), 2, channels]}, got {list(partial.shape)}")
+    return group_norm_silu_given_op(x.contiguous(), partial, weight.contiguous(), bias.contiguous(), groups, eps, silu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS = 128  # rows per block of the statistics that are handed over
 SMALL = 4096  # elements of one group (rows x channels, each rounded up to a power of two) that one program holds in registers
 
 
@@ -34,6 +35,22 @@ def group_norm_silu(
     z = ((grouped - mean) * rstd).flatten(2) * weight.to(compute) + bias.to(compute)
     out = z * torch.sigmoid(z) if silu else z
     return out.to(x.dtype), stored, mean[:, 0, :, 0].contiguous(), rstd[:, 0, :, 0].contiguous()
+
+
+def group_norm_silu_given(
+    x: Tensor, partial: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """``partial`` is what the first pass would leave: mean and squared deviations per channel and block of ROWS rows."""
+    compute = partial.dtype
+    rows = x.shape[1]
+    count = (rows - ROWS * torch.arange(partial.shape[1], device=x.device)).clamp(max=ROWS).to(compute)[:, None, None]
+    means, squares = (y.unflatten(2, (groups, -1)) for y in partial.unbind(2))  # [N, blocks, groups, width]
+    size = rows * means.shape[3]
+    mean = (means * count).sum((1, 3), keepdim=True) / size
+    variance = (squares + (means - mean).square() * count).sum((1, 3), keepdim=True) / size
+    normal = (x.to(compute).unflatten(2, (groups, -1)) - mean) * (variance + eps).rsqrt()
+    z = normal.flatten(2) * weight.to(compute) + bias.to(compute)
+    return (z * torch.sigmoid(z) if silu else z).to(x.dtype)
 
 
 def group_norm_silu_backward(

@@ -34,6 +34,15 @@ def _inputs(
     return 2 * x + 0.5, other, 1 + 0.3 * weight, 0.3 * bias, added, groups, 1e-5, silu
 
 
+def _given(device: str, dtype: torch.dtype, *, shape: tuple[int, int, int], groups: int, silu: bool = True) -> tuple:
+    """Arguments with statistics made by hand: in float32, as a product's accumulators would leave them."""
+    x, _, weight, bias, _, _, eps, _ = _inputs(device, dtype, shape=shape, groups=groups)
+    exact = torch.promote_types(dtype, torch.float32)
+    blocks = [block.to(exact) for block in x.split(reference.ROWS, dim=1)]
+    rows = [torch.stack([b.mean(1), (b - b.mean(1, keepdim=True)).square().sum(1)], dim=1) for b in blocks]
+    return x, torch.stack(rows, dim=1), weight, bias, groups, eps, silu
+
+
 def _gradients(device: str, dtype: torch.dtype, **shape: Any) -> tuple:
     x, residual, weight, bias, emb, groups, eps, silu = _inputs(device, dtype, **shape)
     _, total, mean, rstd = reference.group_norm_silu(x, residual, weight, bias, emb, groups, eps, silu)
@@ -178,7 +187,11 @@ FORWARD = OpSpec(
             )
             for j in _WIDTHS
         ),
-        _kernel("normalise_kernel", f"{_AFFINE} out_ptr {_SIZES} programs", {**_TILE, "EMB": 2, "SILU": True}),
+        _kernel(
+            "normalise_kernel",
+            f"{_AFFINE} out_ptr {_SIZES} programs",
+            {**_TILE, "BLOCK_R": 32, "EMB": 2, "SILU": True, "FOLD": True},
+        ),
         *(
             _kernel(
                 "small_kernel",
@@ -235,6 +248,26 @@ BACKWARD = OpSpec(
     ),
 )
 
+GIVEN = OpSpec(
+    name="group_norm_silu_given",
+    schema="(Tensor x, Tensor partial, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor",
+    reference=reference.group_norm_silu_given,
+    fake=lambda x, *_: torch.empty_like(x),
+    fast=launcher("group_norm_silu.triton", "group_norm_silu_given"),
+    available=unavailable,
+    supports=lambda x, partial, weight, bias, *_: unsupported(x, weight, bias) or unsupported(partial, dtypes=(torch.float32,)),
+    cases=(
+        Case("small", partial(_given, shape=(2, 3, 6), groups=3)),
+        Case("joint", partial(_given, shape=(1, 263, 40), groups=5)),
+        Case("across_programs", partial(_given, shape=(2, 1031, 40), groups=4, silu=False)),
+    ),
+    benchmarks=(Case("clip_16x320x512_320", partial(_given, shape=(1, 16 * 40 * 64, 320), groups=32)),),
+    tolerance=Tolerance(forward=1e-5),
+    cost=lambda x, *_: Cost(bytes=2 * x.numel() * x.element_size(), flops=9 * x.numel()),
+    baselines={"eager": reference.group_norm_silu_given},
+)
+
 group_norm_silu_backward_op = build_op(BACKWARD)
 group_norm_silu_op = build_op(FORWARD)
-SPECS = (FORWARD, BACKWARD)
+group_norm_silu_given_op = build_op(GIVEN)
+SPECS = (FORWARD, BACKWARD, GIVEN)

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fvgen.kernels.group_norm_silu.reference import is_small
+from fvgen.kernels.group_norm_silu.reference import ROWS, is_small
 
-ROWS = 128  # rows per program, at least, in tiles of BLOCK_R x BLOCK_C
+# ROWS rows per program, at least, in tiles of
 BLOCK_R, BLOCK_C = 16, 64
+WRITTEN = 32  # rows of a tile in the last pass, which has registers to spare
 COMBINED = 4096  # partial statistics joined at a time
 PROGRAMS = 1024  # as many as keep a large GPU busy: beyond, a program takes more rows, and fewer statistics are to be joined
 
@@ -41,8 +42,9 @@ def statistics_kernel(
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel over ROWS rows.
 
-    Both are taken about the first row, so that a large mean costs no digits, and summed over a tile's rows only at the end, so that
-    nothing is waited for but memory. With a residual the sum is stored on the way; without one the embedding only moves the mean.
+    Both are taken about the first row, so that a large mean costs no digits, and summed over a tile's rows only at the end, so
+    that nothing is waited for but memory. With a residual the sum is stored on the way; without one the embedding only moves the
+    mean.
     """
     i_x = tl.program_id(0).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
@@ -85,7 +87,7 @@ def combine_kernel(
     partial_ptr, mean_ptr, rstd_ptr, eps, rows, channels, groups, programs,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of a group from those of its channels and blocks of rows, about the first of their means."""
+    """Mean and 1 / standard deviation of a group from those of its channels and blocks of rows, about their first mean."""
     i_g = tl.program_id(0).to(tl.int64)
     i_n = i_g // groups
     width = channels // groups
@@ -112,8 +114,8 @@ def combine_kernel(
 
 @triton.jit
 def normalise_kernel(
-    x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, rows, channels, groups, programs,
-    EMB: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, rows, channels, groups, programs, EMB: tl.constexpr,
+    SILU: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """silu((x + emb - mean) rstd weight + bias). From the end, since the last rows are those still in the cache."""
     i_x = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -125,15 +127,19 @@ def normalise_kernel(
     b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_shift = b_emb - b_mean
+    if FOLD:  # one operation per element; a mean that would cost digits here has already cost x those of half precision
+        b_b += b_shift * b_w
+    left = tl.minimum(rows - i_p * ROWS, ROWS).to(tl.int32)
+    o_r = tl.arange(0, BLOCK_R)
+    o_x = (i_n * rows + i_p * ROWS + o_r)[:, None] * channels + o_c[None, :]
     for i_r in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=4):
-        o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
-        m_x = (o_r < rows)[:, None] & m_c[None, :]
-        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
-        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) + b_emb[None, :] - b_mean[None, :]
-        b_y = b_x * b_w[None, :] + b_b[None, :]
+        m_x = (i_r + o_r < left)[:, None] & m_c[None, :]
+        b_x = tl.load(x_ptr + o_x + i_r * channels, mask=m_x, other=0.0).to(tl.float32)
+        b_y = (b_x if FOLD else b_x + b_shift[None, :]) * b_w[None, :] + b_b[None, :]
         if SILU:
             b_y *= tl.sigmoid(b_y)
-        tl.store(out_ptr + o_x, b_y.to(out_ptr.dtype.element_ty), mask=m_x)
+        tl.store(out_ptr + o_x + i_r * channels, b_y.to(out_ptr.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -323,19 +329,42 @@ def group_norm_silu(
         return out, total, mean, rstd
     rows_each = rows_per_program(n * rows, channels)
     programs = triton.cdiv(rows, rows_each)
-    grid = (n * programs, triton.cdiv(channels, BLOCK_C))
-    tile = {"ROWS": rows_each, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
     partial = x.new_empty((n, programs, 2, channels), dtype=torch.float32)
-    statistics_kernel[grid](x, residual, emb, total, partial, rows, channels, programs, **options, **tile)
+    statistics_kernel[(n * programs, triton.cdiv(channels, BLOCK_C))](
+        x, residual, emb, total, partial, rows, channels, programs, **options, ROWS=rows_each, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C
+    )  # fmt: skip
+    summed, added = (total, emb.new_empty(0)) if has_residual else (x, emb)
+    _apply(summed, partial, weight, bias, added, mean, rstd, out, groups, eps, silu, rows_each)
+    return out, total, mean, rstd
+
+
+def _apply(
+    x: Tensor, partial: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor, out: Tensor,
+    groups: int, eps: float, silu: bool, rows_each: int,
+) -> None:  # fmt: skip
+    """Fills mean and rstd from the partial statistics, and out from them."""
+    n, rows, channels = x.shape
+    programs, block_j = partial.shape[1], triton.next_power_of_2(channels // groups)
     combine_kernel[(n * groups,)](
         partial, mean, rstd, eps, rows, channels, groups, programs,
         ROWS=rows_each, BLOCK_P=max(1, COMBINED // block_j), BLOCK_J=block_j, num_warps=8,
     )  # fmt: skip
-    summed, added = (total, 0) if has_residual else (x, options["EMB"])
-    normalise_kernel[grid](
-        summed, emb, weight, bias, mean, rstd, out, rows, channels, groups, programs, EMB=added, SILU=silu, **tile
+    written = rows_per_program(n * rows, channels)
+    blocks = triton.cdiv(rows, written)
+    normalise_kernel[(n * blocks, triton.cdiv(channels, BLOCK_C))](
+        x, emb, weight, bias, mean, rstd, out, rows, channels, groups, blocks, EMB=_emb_rows(emb), SILU=silu,
+        FOLD=x.element_size() == 2, ROWS=written, BLOCK_R=WRITTEN, BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    return out, total, mean, rstd
+
+
+def group_norm_silu_given(
+    x: Tensor, partial: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    out = torch.empty_like(x)
+    if x.numel():
+        mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+        _apply(x, partial, weight, bias, x.new_empty(0), mean, rstd, out, groups, eps, silu, ROWS)
+    return out
 
 
 def group_norm_silu_backward(

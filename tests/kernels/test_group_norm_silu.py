@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_residual
+from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_given, group_norm_silu_residual
 
 NAMES = ("x", "weight", "bias", "emb")
 SHAPES = [(2, 1, 32, 8), (3, 7, 40, 5), (2, 130, 32, 8), (1, 1, 8, 1)]
@@ -146,6 +146,38 @@ def test_a_residual_unlike_x_is_an_error(residual):
         group_norm_silu_residual(residual=residual, **inputs(2, 3, 8), groups=2)
 
 
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("n", "rows", "channels", "groups"), [*SHAPES, (2, 300, 12, 3)])
+def test_statistics_handed_over(n, rows, channels, groups, silu):
+    given = {name: v.detach() for name, v in inputs(n, rows, channels).items()}
+    blocks = given["x"].split(128, dim=1)
+    partial = torch.stack([torch.stack([b.mean(1), b.var(1, correction=0) * b.shape[1]], 1) for b in blocks], 1)
+    found = group_norm_silu_given(given["x"], partial, given["weight"], given["bias"], groups, silu=silu)
+    expected = plain(**{**given, "emb": None}, groups=groups, silu=silu)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="partial"):
+        group_norm_silu_given(torch.zeros(1, 130, 8), torch.zeros(1, 1, 2, 8), torch.ones(8), torch.zeros(8), 2)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("n", "rows", "channels", "groups"), [*SHAPES, (2, 300, 12, 3)])
+def test_statistics_handed_over(n, rows, channels, groups, silu):
+    given = {name: v.detach() for name, v in inputs(n, rows, channels).items()}
+    blocks = given["x"].split(128, dim=1)
+    partial = torch.stack([torch.stack([b.mean(1), b.var(1, correction=0) * b.shape[1]], 1) for b in blocks], 1)
+    found = group_norm_silu_given(given["x"], partial, given["weight"], given["bias"], groups, silu=silu)
+    expected = plain(**{**given, "emb": None}, groups=groups, silu=silu)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="partial"):
+        group_norm_silu_given(torch.zeros(1, 130, 8), torch.zeros(1, 1, 2, 8), torch.ones(8), torch.zeros(8), 2)
+
+
 _INTERPRETED = """
 import torch
 from fvgen.kernels._testing import assert_close, largest_error, poisoned_memory
@@ -180,6 +212,10 @@ for limit in (reference.SMALL, 0):  # with and without the single pass
         both((3, rows, 40), 5, emb=1, residual=True)
         both((2, rows, 40), 5, residual=True, silu=False)
         both((1, rows, 32), 8, emb=0, residual=True)
+
+    for shape, groups in (((2, 7, 32), 8), ((1, 263, 40), 5), ((2, 1031, 72), 1)):  # statistics handed over
+        args = spec._given("cpu", torch.float32, shape=shape, groups=groups)
+        assert_close(triton.group_norm_silu_given(*args), reference.group_norm_silu_given(*args), 1e-5, "given")
 
     # a large offset: no worse than 1.5 times PyTorch
     for residual in (False, True):
