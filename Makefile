@@ -26,7 +26,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks/bench_*.py $(ARGS)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 wheel: $(READY)
 	rm -rf build/lib* build/bdist*

@@ -1,1 +1,1 @@
-"""Benchmarks: pytest-benchmark suites, and ``python -m benchmarks.<name> --json OUT``."""
+"""pytest-benchmark suites over the workloads of ``fvgen bench``, ``python -m benchmarks.record``, and the recorded results."""

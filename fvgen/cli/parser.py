@@ -55,6 +55,31 @@ examples:
 written to --output: render.mp4, renders/0000.png ..., contact_sheet.png, cameras.json, points.ply, report.json
 """
 
+BENCH = """\
+examples:
+  fvgen bench kernels --json kernels.json            every operator at its real shapes, beside torch.compile
+  fvgen bench kernels --ops geglu group_norm_silu    two of them
+  fvgen bench sampler --model viewcrafter_512 --batch 1 2 4
+  fvgen bench sampler --runner modules               without the inference engine
+  fvgen bench speedup                                4 steps against 50 guided ones: less than 90 % saved is a failure
+  fvgen bench all --quick                            every suite with small shapes, also without a GPU
+  fvgen bench all --json new.json --compare old.json
+  fvgen bench report new.json --output docs/benchmarks
+
+suites:
+  kernels   operators: time, share of the measured copy bandwidth, reference, torch.compile, libraries
+  raster    point rasterizer over points, views, points per pixel, image size; image and gradients
+  sampler   one clip stage by stage and whole, first clip of a new process, batches, the teacher
+  train     a training step of the tiny model
+  speedup   guided teacher and four-step student from points to frames in one process
+  all       all of these
+  report    tables and pictures of result files; give the files right behind the word
+
+exit status: 0 done, 1 a figure worse than with --compare by more than 5 %, or less than 90 %
+saved (not judged with --quick), 2 bad input.
+Figures count only from an otherwise idle GPU. Its settings are never changed; clocks and throttling are recorded.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
@@ -165,6 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
         "example:\n  fvgen doctor\n",
     )
 
+    _bench(command("bench", "bench", "measure speed, compare with an earlier result, or make a report", BENCH))
+
     train = command(
         "train-tiny",
         "train_tiny",
@@ -206,6 +233,48 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--truth",
         metavar="DIR",
         help="folder with the true frames to compare with: one per frame in name order, or named as in cameras:FILE",
+    )
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    suites = ("kernels", "raster", "sampler", "train", "speedup", "all", "report")
+    parser.add_argument("suite", choices=suites, metavar="SUITE", help=", ".join(suites))
+    parser.add_argument("results", nargs="*", metavar="RESULT", help="for report: result files to show together")
+    parser.add_argument("--json", metavar="FILE", help="write the records here, each as soon as it is measured")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier --json")
+    parser.add_argument("--compare", metavar="OLD.json", help="an earlier result; fails where a figure got worse by over 5 %%")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: shows that it runs, measures nothing")
+    parser.add_argument("--rounds", type=whole(1, 10000), metavar="N", help="readings per time (default: the suite's own)")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="kernels: only these operators (see `fvgen doctor`)")
+    parser.add_argument("--first", action="store_true", help="kernels: only the first of each operator's shapes")
+    parser.add_argument("--no-compile", action="store_true", help="kernels: leave torch.compile out, it takes longest")
+    parser.add_argument(
+        "--model",
+        metavar="NAME|DIR",
+        help="sampler, speedup: tiny, a model directory, or viewcrafter_512 or viewcrafter_1024 with random weights"
+        " (default: tiny)",
+    )
+    parser.add_argument(
+        "--runner",
+        choices=("engine", "modules"),
+        help="sampler, speedup: the inference engine with CUDA graphs, or the networks' modules (default: engine)",
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=whole(1, 256),
+        metavar="N",
+        help="sampler, speedup: clips at once, stages are measured at the first (default: 1; sampler up to 512: 1 4 8)",
+    )
+    parser.add_argument(
+        "--teacher-steps",
+        type=whole(1, 1000),
+        metavar="N",
+        help="sampler, speedup: DDIM steps of the teacher (default: 50; sampler beyond 512: no teacher)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="report: where report.md and its pictures go (default: docs/benchmarks)")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N (default: auto)"
     )
 
 

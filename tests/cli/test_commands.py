@@ -127,7 +127,7 @@ def test_interrupted(fvgen: Run, scene: Photos, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["render"], ["demo"], ["doctor"], ["train-tiny"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["render"], ["demo"], ["doctor"], ["bench"], ["train-tiny"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
