@@ -38,10 +38,15 @@ def choose_specs(names: Sequence[str] | None = None, quick: bool = False) -> lis
     return with_shapes
 
 
+def work_of(spec: OpSpec, quick: bool = False) -> tuple[Case, ...]:
+    """The cases of an operator that are measured: its first stands for it in the summary."""
+    return spec.cases[:1] if quick else spec.benchmarks
+
+
 def workloads(specs: Sequence[OpSpec], quick: bool = False, first: bool = False) -> Iterator[tuple[OpSpec, Case]]:
     """Each operator with its benchmark shapes, the first of them, or its first small test case that is not empty."""
     for spec in specs:
-        for case in spec.cases[:1] if quick else spec.benchmarks[: 1 if first else None]:
+        for case in work_of(spec, quick)[: 1 if first else None]:
             yield spec, case
 
 
@@ -85,8 +90,19 @@ def measure_kernels(
         with strict_kernels(), torch.no_grad():
             record = measure_kernel(spec, case, device, copy_rate, rounds, compile)
         yield record
+        if case is work_of(spec, quick)[0]:
+            yield from _ratios(record)
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _ratios(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The two figures of an operator that the summary holds, as records of their own."""
+    units = {"bandwidth_fraction": "of the copy bandwidth", "vs_compile": "x"}
+    for key, unit in units.items():
+        if record.get(key) is not None:
+            shared = {name: record[name] for name in ("op", "case", "dtype")}
+            yield {"name": f"kernel_{record['op']}_{key}", "suite": "summary", **shared, "value": record[key], "unit": unit}
 
 
 def measure_kernel(

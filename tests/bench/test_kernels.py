@@ -20,8 +20,11 @@ def measure(spec: OpSpec, compile: bool = False) -> dict:
 
 def test_two_operators():
     said: list[str] = []
-    records = list(measure_kernels("cpu", 1e10, ["geglu", "render_points"], 2, compile=False, quick=True, say=said.append))
+    measured = list(measure_kernels("cpu", 1e10, ["geglu", "render_points"], 2, compile=False, quick=True, say=said.append))
+    records, figures = measured[::2], measured[1::2]
     assert [r["name"] for r in records] == ["kernel_geglu_small_ms", "kernel_render_points_small_ms"]
+    assert [r["name"] for r in figures] == ["kernel_geglu_bandwidth_fraction", "kernel_render_points_bandwidth_fraction"]
+    assert [f["value"] for f in figures] == [r["bandwidth_fraction"] for r in records]
     assert [r["dtype"] for r in records] == ["bfloat16", "float32"]
     assert said == ["[1/2] geglu small", "[2/2] render_points small"]
     for r in records:

@@ -162,22 +162,6 @@ def test_statistics_of_another_shape_are_refused():
         group_norm_silu_given(torch.zeros(1, 130, 8), torch.zeros(1, 1, 2, 8), torch.ones(8), torch.zeros(8), 2)
 
 
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize(("n", "rows", "channels", "groups"), [*SHAPES, (2, 300, 12, 3)])
-def test_statistics_handed_over(n, rows, channels, groups, silu):
-    given = {name: v.detach() for name, v in inputs(n, rows, channels).items()}
-    blocks = given["x"].split(128, dim=1)
-    partial = torch.stack([torch.stack([b.mean(1), b.var(1, correction=0) * b.shape[1]], 1) for b in blocks], 1)
-    found = group_norm_silu_given(given["x"], partial, given["weight"], given["bias"], groups, silu=silu)
-    expected = plain(**{**given, "emb": None}, groups=groups, silu=silu)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_statistics_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="partial"):
-        group_norm_silu_given(torch.zeros(1, 130, 8), torch.zeros(1, 1, 2, 8), torch.ones(8), torch.zeros(8), 2)
-
-
 _INTERPRETED = """
 import torch
 from fvgen.kernels._testing import assert_close, largest_error, poisoned_memory
