@@ -153,18 +153,21 @@ class FVGenPipeline:
         torch.Size([16, 3, 160, 256])
     """
 
-    def __init__(self, bundle: Any, device: str | torch.device = "cpu") -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Any, device: str | torch.device = "cpu", fast: bool = False) -> None:
+        self.bundle, self._fast = bundle, fast
         self.device = torch.device(device)
         self._sampler: ModelSampler | None = None
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | os.PathLike[str] = "tiny", device: str = "auto") -> FVGenPipeline:
+    def from_pretrained(
+        cls, name_or_dir: str | os.PathLike[str] = "tiny", device: str = "auto", fast: bool = False
+    ) -> FVGenPipeline:
         """Loads a model.
 
         Args:
             name_or_dir: "tiny" (bundled) or a model directory.
             device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
+            fast: approximate every second step of the few-step sampler, see :class:`fvgen.inference.clip.ClipEngine`.
 
         Raises:
             UserError: unknown name, incomplete directory, no such device.
@@ -172,7 +175,7 @@ class FVGenPipeline:
         from fvgen.models.bundle import ModelBundle
 
         chosen = choose_device(device)
-        return cls(ModelBundle.from_pretrained(find_model(name_or_dir), device=chosen), chosen)
+        return cls(ModelBundle.from_pretrained(find_model(name_or_dir), device=chosen), chosen, fast)
 
     def clip_size(self, images: Photos) -> tuple[int, int]:
         """(H, W) of the clip the model makes of these photos: portrait for portrait photos where the model knows that."""
@@ -216,7 +219,7 @@ class FVGenPipeline:
         check_segments(prepared.segments)
         watch = Stopwatch(self.device, callback)
         if self._sampler is None:
-            self._sampler = ModelSampler(self.bundle)
+            self._sampler = ModelSampler(self.bundle, fast=self._fast)
         model, noise = self._sampler, self._sampler.noise(seed)
         alike = len({len(s) for s in prepared.segments}) == 1  # clips of one length are generated together
         batches = [prepared.segments] if alike else [(s,) for s in prepared.segments]

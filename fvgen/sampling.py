@@ -31,15 +31,20 @@ class ModelSampler:
         bundle: the model.
         seed: of the sampling noise; every call begins with it again unless it is given a noise source.
         engine: the packed networks, False for the model's own (under bfloat16 autocast on a GPU), None to decide by the device.
+        fast: every second few-step call approximates, see :class:`fvgen.inference.clip.ClipEngine`; on the CPU too.
     """
 
-    def __init__(self, bundle: ModelBundle, seed: int = 0, engine: ClipEngine | Literal[False] | None = None) -> None:
+    def __init__(
+        self, bundle: ModelBundle, seed: int = 0, engine: ClipEngine | Literal[False] | None = None, fast: bool = False
+    ) -> None:
         self.device = next(bundle.unet.parameters()).device
         self.index = bundle.index
         self._seed = seed
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
         gpu = self.device.type == "cuda"
-        self._engine = ClipEngine(bundle) if engine is None and gpu else engine or None
+        if engine is None and (gpu or fast):
+            engine = ClipEngine(bundle, torch.bfloat16 if gpu else torch.float32, fast)
+        self._engine = engine or None
         self._calls: dict[tuple[int, ...], int] = {}
         self._graphs: dict[tuple[int, ...], ClipGraph | None] = {}
         if self._engine is None:

@@ -39,10 +39,11 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
-            pipeline = FVGenPipeline.from_pretrained(arguments.model, device)
+            pipeline = FVGenPipeline.from_pretrained(arguments.model, device, arguments.fast)
             photos = read_images(arguments.photos)
             facts: dict[str, Any] = {
-                "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)}
+                "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)},
+                "fast": arguments.fast,
             }
         result = pipeline(
             photos,

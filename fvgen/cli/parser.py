@@ -156,6 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="few_step",
         help="few_step for a distilled model, teacher for DDIM with guidance (default: few_step)",
     )
+    generate.add_argument(
+        "--fast", action="store_true", help="few_step: approximate every second step, quicker and a little less exact"
+    )
     _outputs(generate)
 
     render = command("render", "render", "photos to point-cloud renders along the path, without a model", RENDER)

@@ -26,12 +26,14 @@ HELD_OUT_SEED = 1 << 40  # training worlds are numbered elsewhere
 ROWS = {
     "render": "point render",
     "generated": "generated, 4 steps",
+    "fast": "generated, fast mode",
     "teacher4": "DDIM, 4 steps",
     "teacher50": "DDIM, 50 steps",
     "vae": "truth through the VAE",
 }
 RECORDS = {
     "tiny_psnr_generated": "generated",
+    "tiny_psnr_fast": "fast",
     "tiny_psnr_render": "render",
     "tiny_psnr_teacher50": "teacher50",
     "tiny_vae_psnr": "vae",
@@ -57,7 +59,8 @@ def held_out_scores(
         ddim_steps: numbers of DDIM steps to score.
 
     Returns:
-        ``render``, ``generated`` (4 steps), ``teacher{n}`` (n DDIM steps) and ``vae`` (encoding and decoding the truth): mean
+        ``render``, ``generated`` (4 steps), ``fast`` (in fast mode), ``teacher{n}`` (n DDIM steps) and ``vae`` (encoding and
+        decoding the truth): mean
         PSNR per frame over the whole frame, and for all of them ``*_covered`` and ``*_uncovered`` over the pixels with and
         without a point; ``coverage``: share of covered pixels.
 
@@ -66,12 +69,13 @@ def held_out_scores(
     """
     if clips < 1 or batch < 1 or bundle.index.frames < 3:
         raise UserError(f"scoring needs at least one clip of three frames, got {clips} of {bundle.index.frames}; ask for more")
-    sampler = ModelSampler(bundle, seed)
+    sampler, fast = ModelSampler(bundle, seed), ModelSampler(bundle, seed, fast=True)
     scale = bundle.index.guidance_scale if guidance is None else guidance
     values: dict[str, list[float]] = {}
     for pairs in _held_out_pairs(bundle, clips, batch, sampler.device):
         condition = sampler.condition(pairs.render, guidance=scale != 1.0)
         videos = {"render": pairs.render, "generated": sampler.decode(sampler.few_step(condition))}
+        videos["fast"] = sampler.decode(fast.few_step(condition))
         videos |= {f"teacher{n}": sampler.decode(sampler.ddim(condition, n, scale)) for n in ddim_steps}
         videos["vae"] = sampler.reconstruct(pairs.target)
         for name, video in videos.items():

@@ -68,7 +68,7 @@ def test_a_network_that_knows_the_truth_scores_what_the_vae_scores(bundle: Model
 
 def test_render_scores_by_hand_and_masks_that_part_the_frame(bundle: ModelBundle) -> None:
     scores = held_out_scores(bundle, clips=2, batch=1, ddim_steps=(1,))
-    names = ("render", "generated", "teacher1", "vae")
+    names = ("render", "generated", "fast", "teacher1", "vae")
     assert set(scores) == {f"{n}{k}" for n in names for k in ("", "_covered", "_uncovered")} | {"coverage"}
     pairs = synthetic_pairs(torch.tensor([0, 1]) + HELD_OUT_SEED, (32, 64), 4, compositor="norm")
     error = (pairs.render - pairs.target)[:, 1:-1].double().square().mean(2)
@@ -106,7 +106,9 @@ def test_command_line(
     heldout.main([str(tmp_path / "model"), "--clips", "1", "--device", "cpu", "--json", str(tmp_path / "out" / "scores.json")])
     assert "generated, 4 steps" in capsys.readouterr().out
     records = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert {r["name"] for r in records} == {"tiny_psnr_generated", "tiny_psnr_render", "tiny_psnr_teacher50", "tiny_vae_psnr"}
+    assert {r["name"] for r in records} == {
+        f"tiny_{name}" for name in ("psnr_generated", "psnr_fast", "psnr_render", "psnr_teacher50", "vae_psnr")
+    }
     assert all({"value", "unit", "gpu", "driver", "torch", "cuda", "command"} <= set(r) for r in records)
     assert {r["commit"] for r in records} == {"abc"}
     with pytest.raises(SystemExit) as stop:

@@ -60,6 +60,15 @@ def test_progress_is_reported_after_every_step(bundle: ModelBundle) -> None:
     assert [(step, total) for step, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_fast_mode_approximates_and_says_the_same_with_one_step(bundle: ModelBundle) -> None:
+    renders, exact, fast = _renders(1), ModelSampler(bundle, seed=3), ModelSampler(bundle, seed=3, fast=True)
+    once = [m.few_step(m.condition(renders), 1) for m in (exact, fast)]
+    torch.testing.assert_close(once[1], once[0], rtol=1e-4, atol=1e-4)
+    several = [m.few_step(m.condition(renders), 4) for m in (exact, fast)]
+    difference = (several[1] - several[0]).norm() / several[0].norm()
+    assert 1e-4 < difference < 1
+
+
 def test_no_graph_without_a_gpu(bundle: ModelBundle) -> None:
     sampler = ModelSampler(bundle)
     assert [sampler.graph(_renders(1).shape, 4) for _ in range(3)] == [None] * 3
