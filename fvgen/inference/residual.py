@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fvgen.inference.rows import Convolution, Doubling, Grid, Linear, Norm, Pending
+from fvgen.kernels.temporal_conv import pack, temporal_conv, temporal_conv_statistics
 from fvgen.models.blocks import ResBlock, TemporalConv
 
 
@@ -38,19 +39,20 @@ class ResidualEngine:
 
 
 class _TemporalConv:
+    """Each convolution takes the statistics for the norm after it on the way; the last one adds the residual."""
+
     def __init__(self, block: TemporalConv, dtype: torch.dtype) -> None:
         self.norms = [Norm(norm, dtype) for norm in block.norms]
-        self.convs = [Convolution(conv, dtype) for conv in block.convs]
+        self.weights = [pack(conv.weight.detach().to(dtype)) for conv in block.convs]
+        self.biases = [conv.bias.detach().to(dtype) for conv in block.convs]
 
     def __call__(self, x: Pending, grid: Grid) -> Pending:
         h, total = self.norms[0](x, grid.batch)
-        for conv, norm in zip(self.convs[:-1], self.norms[1:], strict=True):
-            h, _ = norm(Pending(self._over_frames(conv, h, grid)), grid.batch, conv.bias)
-        return Pending(self._over_frames(self.convs[-1], h, grid), total, self.convs[-1].bias)
-
-    @staticmethod
-    def _over_frames(conv: Convolution, rows: Tensor, grid: Grid) -> Tensor:
-        return conv(rows, grid.frames, grid.height * grid.width).view(rows.shape)
+        clip = (grid.batch, grid.frames, grid.height * grid.width, -1)
+        for norm, weight, bias in zip(self.norms[1:], self.weights, self.biases, strict=False):
+            h = norm.given(*temporal_conv_statistics(h.view(clip), weight, bias))
+        h = temporal_conv(h.view(clip), self.weights[-1], self.biases[-1], residual=total.view(clip))
+        return Pending(h.view(total.shape))
 
 
 class Downsample:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_residual
+from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_given, group_norm_silu_residual
 
 
 class Grid(NamedTuple):
@@ -76,6 +76,12 @@ class Norm:
         residual = x.residual.view(rows.shape)
         out, total = group_norm_silu_residual(rows, residual, emb=x.bias, **options)
         return out.view(shape), total.view(shape)
+
+    def given(self, x: Tensor, partial: Tensor) -> Tensor:
+        """Normalised rows of a clip ``[B, T, S, C]`` whose statistics were taken when it was written."""
+        rows = x.flatten(1, 2)
+        out = group_norm_silu_given(rows, partial, self.weight, self.bias, self.groups, self.eps, silu=self.silu)
+        return out.view(x.shape)
 
 
 class Convolution:
