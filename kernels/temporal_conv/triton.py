@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     group_m: int = 8
 
 
-# (B T S, C, O) -> the fastest that tune.py found on one H200
+# (B T S, C, O) -> the fastest that benchmarks/tune_temporal_conv.py found on one H200
 MEASURED: dict[tuple[int, int, int], Tiles] = {
     (40960, 320, 320): Tiles(128, 128, 32, 64, 4, 3, 0, 8),
     (10240, 640, 640): Tiles(128, 128, 0, 64, 4, 3, 0, 8),

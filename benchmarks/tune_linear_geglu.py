@@ -1,4 +1,4 @@
-"""Times ways to cut up the product at the network's shapes: ``python -m fvgen.kernels.linear_geglu.tune`` on a GPU with TMA."""
+"""Times ways to cut up the product at the network's shapes: ``python -m benchmarks.tune_linear_geglu`` on a GPU with TMA."""
 
 from __future__ import annotations
 
