@@ -1,1 +1,1 @@
-"""pytest-benchmark suites over the workloads of ``fvgen bench``, searches for tile sizes, ``python -m benchmarks.record``, results."""
+"""pytest-benchmark suites over the workloads of ``fvgen bench``, searches for tile sizes, and the recorded results."""

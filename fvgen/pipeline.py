@@ -241,6 +241,10 @@ class FVGenPipeline:
         model: ModelSampler, clips: list[Tensor], sampler: str, steps: int, noise: NoiseSource, watch: Stopwatch
     ) -> list[Tensor]:
         """Frames ``[T, 3, H, W]`` of every clip of the batches ``[B, T, 3, H, W]``, with the progress of each step."""
+        if model.device.type == "cuda":
+            with watch.stage("compile"):
+                for clip in clips:
+                    model.prepare(clip.shape, steps)
         guided = sampler == "teacher" and model.index.guidance_scale != 1.0
         with watch.stage("encode"):
             conditions = [model.condition(clip, guided) for clip in clips]

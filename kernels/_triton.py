@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -42,6 +43,29 @@ def unsupported(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float
         if not x.is_contiguous():
             return "a tensor that is not contiguous"
     return None
+
+
+def compile_side_by_side(call: Callable[[], Any]) -> None:
+    """Compiles the kernels that ``call`` launches, on all processor cores at once; they do not run, and its results mean nothing.
+
+    A kernel that cannot be compiled is left to its launch, which says why.
+    """
+    if unavailable() is not None:
+        return
+    from triton import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
+        JITFunction.run = compile_only
+        try:
+            call()
+        finally:
+            JITFunction.run = run
 
 
 @dataclass(frozen=True)

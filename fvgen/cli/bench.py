@@ -97,7 +97,7 @@ def _measure(arguments: argparse.Namespace) -> list[Record]:
     if device.startswith("cuda"):
         import torch
 
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
     elif not arguments.quick:
         _say("there is no GPU: this takes long and says little; --quick shows that everything runs")
     shared = context(command_of(arguments))

@@ -14,6 +14,7 @@ from fvgen.diffusion.timesteps import make_timesteps
 from fvgen.inference.towers import PackedImageTower
 from fvgen.inference.unet import Keys, Shifts, UNetEngine
 from fvgen.inference.vae import PackedVAE
+from fvgen.kernels._triton import compile_side_by_side
 from fvgen.models.bundle import ModelBundle
 
 
@@ -50,6 +51,26 @@ class ClipEngine:
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
         self._shifts: dict[tuple[int, int, int], Shifts] = {}
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._prepared: set[tuple[int, ...]] = set()
+
+    @torch.inference_mode()
+    def prepare(self, shape: Sequence[int], steps: int) -> None:
+        """On a GPU, compiles what clips need, if that has not been done; it would happen at the first clip, one after the other.
+
+        Args:
+            shape: ``[B, T, 3, H, W]`` of the renders.
+            steps: S.
+        """
+        if self.device.type == "cuda" and tuple(shape) not in self._prepared:
+            self._prepared.add(tuple(shape))
+            renders = torch.rand(tuple(shape), device=self.device)
+            noise = torch.randn((steps, *self.latent_shape(shape)), device=self.device)
+            compile_side_by_side(lambda: self(renders, noise))
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``[B, C, T, h, w]`` of the latents of renders ``[B, T, 3, H, W]``."""
+        b, frames, _, height, width = shape
+        return b, self.index.latent_channels, frames, height // self.vae.factor, width // self.vae.factor
 
     @torch.inference_mode()
     def __call__(self, renders: Tensor, noise: Tensor) -> Tensor:
@@ -138,16 +159,15 @@ class ClipGraph:
 
     @torch.inference_mode()
     def __init__(self, engine: ClipEngine, shape: Sequence[int], steps: int = 4) -> None:
-        b, frames, _, height, width = shape
-        factor, device = engine.vae.factor, engine.device
-        latent = (b, engine.index.latent_channels, frames, height // factor, width // factor)
+        device = engine.device
+        engine.prepare(shape, steps)
         self._renders = torch.rand(tuple(shape), device=device)
-        self._noise = torch.randn((steps, *latent), device=device)
+        self._noise = torch.randn((steps, *engine.latent_shape(shape)), device=device)
         before = torch.cuda.memory_reserved(device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            engine(self._renders, self._noise)  # kernels are compiled and algorithms chosen before the recording
+            engine(self._renders, self._noise)  # libraries choose their algorithms before the recording
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -147,8 +147,8 @@ def test_tiles_of_the_closest_number_of_rows(monkeypatch):
 def test_measured_and_candidate_tiles_fit_a_multiprocessor():
     """Pipeline and output within 227 KiB, and accumulators within the registers."""
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    from fvgen.kernels.linear_geglu import triton
     from benchmarks.tune_linear_geglu import CANDIDATES
+    from fvgen.kernels.linear_geglu import triton
 
     assert triton.DEFAULT in CANDIDATES
     for tiles in (*CANDIDATES, *triton.MEASURED.values()):
@@ -176,8 +176,8 @@ def test_half_precision_on_the_gpu(rows, inner, channels, dtype, monkeypatch):
 
 @pytest.mark.gpu
 def test_every_candidate_on_the_gpu():
-    from fvgen.kernels.linear_geglu import triton
     from benchmarks.tune_linear_geglu import CANDIDATES
+    from fvgen.kernels.linear_geglu import triton
 
     args = layer((1300, 328), 648, torch.bfloat16, "cuda")
     if torch.cuda.get_device_capability()[0] != 9:
