@@ -111,7 +111,7 @@ _ODD: dict[str, dict] = {
 def _kernels() -> tuple[TritonKernel, ...]:
     sizes = dict.fromkeys(("rows", "channels", "inner"), "i32")
     found = []
-    for tiles in ((128, 64, 64, 4, 3, False), (128, 128, 64, 8, 3, False), (128, 128, 64, 8, 3, True)):
+    for tiles in ((128, 64, 64, 4, 3, False), (128, 64, 64, 4, 3, True), (128, 128, 64, 8, 3, False), (128, 128, 64, 8, 3, True)):
         m, n, k, warps, stages, persistent = tiles
         types = {
             "x_desc": f"tensordesc<bf16[{m}, {k}]>",

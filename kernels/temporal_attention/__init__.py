@@ -19,12 +19,12 @@ def temporal_attention(
 
     Args:
         qkv: ``[B, T, S, 3, H, D]`` for T frames, S sites, H heads of width D, as a linear layer on ``[B T, S, C]`` writes them;
-            float32, bfloat16 or float16; differentiable. More than 64 frames, or heads wider than 64 (128 for T <= 32), take the
-            slower path.
+            float32, bfloat16 or float16; differentiable. More than 64 frames, or heads wider than 64 (128 for T <= 32 without
+            tables), take the slower path.
         scale: of the logits, ``D ** -0.5`` if None.
         causal: a frame sees itself and earlier ones only.
         relative_key, relative_value: both or neither, ``[2 m + 1, D]``: row ``clamp(key - query, -m, m) + m`` is added to the key
-            and to the value (on the slower path); differentiable.
+            and to the value; differentiable.
 
     Sources: attention (arXiv 1706.03762), relative positions (arXiv 1803.02155), log-sum-exp kept for the backward pass
     (arXiv 2205.14135).
@@ -38,4 +38,4 @@ def temporal_attention(
     if relative_key is None or relative_value is None:
         relative_key = relative_value = qkv.new_empty(0)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return temporal_attention_op(qkv.contiguous(), relative_key, relative_value, scale, causal)[0]
+    return temporal_attention_op(qkv.contiguous(), relative_key.contiguous(), relative_value.contiguous(), scale, causal)[0]

@@ -24,15 +24,23 @@ def _random(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) 
     return drawn.repeat(-(-count // max(1, len(drawn))))[:count].reshape(shape)
 
 
-def _inputs(device: str, dtype: torch.dtype, *, shape: tuple[int, int, int, int, int], causal: bool = False) -> tuple:
-    """Arguments for a shape ``(B, T, S, H, D)``."""
+def _inputs(
+    device: str,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, int, int, int, int],
+    causal: bool = False,
+    max_distance: int | None = None,
+) -> tuple:
+    """Arguments for a shape ``(B, T, S, H, D)``, with relative positions unless ``max_distance`` is None."""
     b, t, s, h, d = shape
     qkv = _random((b, t, s, 3, h, d), device, dtype, 0)
-    return qkv, qkv.new_empty(0), qkv.new_empty(0), d**-0.5, causal
+    table = (0,) if max_distance is None else (2 * max_distance + 1, d)
+    return qkv, *(_random(table, device, dtype, seed) for seed in (2, 3)), d**-0.5, causal
 
 
-def _gradients(device: str, dtype: torch.dtype, *, shape: tuple[int, int, int, int, int], causal: bool = False) -> tuple:
-    qkv, *rest = _inputs(device, dtype, shape=shape, causal=causal)
+def _gradients(device: str, dtype: torch.dtype, *, shape: tuple[int, int, int, int, int], **which: Any) -> tuple:
+    qkv, *rest = _inputs(device, dtype, shape=shape, **which)
     _, lse = reference.temporal_attention(qkv, *rest)
     return _random(shape, device, dtype, 1), qkv, lse, *rest
 
@@ -63,14 +71,17 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
 
 
 def _supports(qkv: Tensor, relative_key: Tensor, relative_value: Tensor, scale: float, causal: bool) -> str | None:
-    if relative_key.numel() or relative_value.numel():
-        return "relative-position tables"
     if qkv.shape[1] > 64:
         return f"{qkv.shape[1]} frames, more than 64"
     largest = 128 if qkv.shape[1] <= 32 else 64
     if qkv.shape[5] > largest:
         return f"heads of width {qkv.shape[5]}, more than {largest}"
-    return unsupported(qkv)
+    if relative_key.numel() or relative_value.numel():
+        if relative_key.shape != relative_value.shape:
+            return "relative-position tables of two shapes"
+        if qkv.shape[5] > 64:
+            return f"relative-position tables and heads of width {qkv.shape[5]}, more than 64"
+    return unsupported(qkv, relative_key, relative_value)
 
 
 def _supports_backward(grad: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> str | None:
@@ -101,32 +112,48 @@ _BENCHMARKS = {
     "25x576x1024": (2, 25, 9216, 5, 64),
     "25x576x1024_inner": (2, 25, 2304, 10, 64),
 }
-_CASES: dict[str, tuple[tuple[int, int, int, int, int], bool]] = {
-    "small": ((2, 3, 2, 2, 4), False),
-    "causal": ((1, 5, 2, 2, 3), True),
-    "one_frame": ((2, 1, 3, 1, 8), False),
-    "sites_left_over": ((1, 16, 7, 3, 64), False),
-    "padded_frames": ((2, 25, 5, 3, 40), True),
-    "most_frames": ((1, 64, 2, 1, 64), False),
-    "widest": ((1, 18, 2, 1, 128), True),
-    "empty": ((2, 4, 0, 2, 16), False),
+_CASES: dict[str, tuple[tuple[int, int, int, int, int], bool, int | None]] = {
+    "small": ((2, 3, 2, 2, 4), False, None),
+    "causal": ((1, 5, 2, 2, 3), True, None),
+    "one_frame": ((2, 1, 3, 1, 8), False, None),
+    "sites_left_over": ((1, 16, 7, 3, 64), False, None),
+    "padded_frames": ((2, 25, 5, 3, 40), True, None),
+    "most_frames": ((1, 64, 2, 1, 64), False, None),
+    "widest": ((1, 18, 2, 1, 128), True, None),
+    "empty": ((2, 4, 0, 2, 16), False, None),
+    "relative": ((1, 3, 2, 2, 4), False, 1),
+    "relative_causal": ((1, 3, 2, 1, 3), True, 4),
+    "relative_padded": ((2, 25, 37, 3, 40), True, 8),
+    "relative_most_frames": ((1, 64, 2, 1, 64), False, 70),
+    "relative_empty": ((2, 4, 0, 2, 16), False, 2),
 }
-_TYPES = {**dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr"), "*bf16"), "lse_ptr": "*fp32", "scale": "fp32", "sites": "i32"}
+_SMOOTH = ("small", "causal", "one_frame", "relative", "relative_causal")
+_TYPES = {
+    **dict.fromkeys(("grad_ptr", "qkv_ptr", "key_ptr", "value_ptr", "out_ptr"), "*bf16"),
+    **dict.fromkeys(("lse_ptr", "key_out_ptr", "value_out_ptr"), "*fp32"),
+    "scale": "fp32",
+    "sites": "i32",
+}
 
 
-def _kernels(name: str, arguments: str, warps: tuple[int, int, int]) -> tuple[TritonKernel, ...]:
-    common = {"HEADS": 5, "DIM": 64, "SITES": 4, "BLOCK_D": 64}
+def _kernels(
+    name: str, arguments: str, sites: int, variants: dict[tuple[int, bool, int | None], int]
+) -> tuple[TritonKernel, ...]:
+    """``variants``: frames, causal and largest distance in the tables -> warps; ``sites``: per program, with tables."""
     signature = {n: _TYPES[n] for n in arguments.split()}
-    variants = ((16, False, 16), (25, False, 32), (25, True, 32), (64, False, 64))
     return tuple(
         TritonKernel(
             "temporal_attention.triton",
             name,
             signature,
-            {**common, "FRAMES": t, "CAUSAL": causal, "BLOCK_T": block_t},
-            warps[block_t // 32],
+            {
+                **{"FRAMES": t, "HEADS": 5, "DIM": 64, "CAUSAL": causal, "RELATIVE": relative},
+                **{"SITES": 4 if relative is None else sites, "BLOCK_T": {16: 16, 25: 32, 64: 64}[t], "BLOCK_D": 64},
+                "BLOCK_R": 0 if relative is None else {1: 16, 8: 32, 15: 32, 24: 64, 63: 128}[relative],
+            },
+            warps,
         )
-        for t, causal, block_t in variants
+        for (t, causal, relative), warps in variants.items()
     )
 
 
@@ -142,14 +169,22 @@ FORWARD = OpSpec(
     backward=_backward,
     grad_args=(0, 1, 2),
     cases=tuple(
-        Case(name, partial(_inputs, shape=shape, causal=causal), gradcheck=name in ("small", "causal", "one_frame"))
-        for name, (shape, causal) in _CASES.items()
+        Case(name, partial(_inputs, shape=shape, causal=causal, max_distance=m), gradcheck=name in _SMOOTH)
+        for name, (shape, causal, m) in _CASES.items()
     ),
     benchmarks=tuple(Case(name, partial(_inputs, shape=shape)) for name, shape in _BENCHMARKS.items()),
     tolerance=Tolerance(forward=2e-5, backward=2e-5),
     cost=_cost,
     baselines={"eager": reference.temporal_attention, "scaled_dot_product_attention": _library_attention},
-    kernels=_kernels("temporal_attention_kernel", "qkv_ptr out_ptr lse_ptr scale sites", (1, 2, 8)),
+    kernels=_kernels(
+        "temporal_attention_kernel",
+        "qkv_ptr key_ptr value_ptr out_ptr lse_ptr scale sites",
+        4,
+        {
+            **{(16, False, None): 1, (25, False, None): 2, (25, True, None): 2, (64, False, None): 8},
+            **{(16, False, 1): 1, (16, True, 15): 2, (25, False, 8): 2, (25, True, 24): 8, (64, False, 63): 8},
+        },
+    ),
 )
 BACKWARD = OpSpec(
     name="temporal_attention_backward",
@@ -160,12 +195,22 @@ BACKWARD = OpSpec(
     fast=launcher("temporal_attention.triton", "temporal_attention_backward"),
     available=unavailable,
     supports=_supports_backward,
-    cases=tuple(Case(name, partial(_gradients, shape=shape, causal=causal)) for name, (shape, causal) in _CASES.items()),
+    cases=tuple(
+        Case(name, partial(_gradients, shape=shape, causal=causal, max_distance=m)) for name, (shape, causal, m) in _CASES.items()
+    ),
     benchmarks=tuple(Case(name, partial(_gradients, shape=shape)) for name, shape in _BENCHMARKS.items()),
     tolerance=Tolerance(forward=2e-5),
     cost=_backward_cost,
     baselines={"eager": reference.temporal_attention_backward},
-    kernels=_kernels("temporal_attention_backward_kernel", "grad_ptr qkv_ptr lse_ptr out_ptr scale sites", (1, 4, 8)),
+    kernels=_kernels(
+        "temporal_attention_backward_kernel",
+        "grad_ptr qkv_ptr lse_ptr key_ptr value_ptr out_ptr key_out_ptr value_out_ptr scale sites",
+        32,
+        {
+            **{(16, False, None): 1, (25, False, None): 4, (25, True, None): 4, (64, False, None): 8},
+            **{(16, False, 1): 1, (16, True, 15): 4, (25, False, 8): 4, (25, True, 24): 8, (64, False, 63): 8},
+        },
+    ),
 )
 
 temporal_attention_backward_op = build_op(BACKWARD)

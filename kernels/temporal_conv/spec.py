@@ -196,7 +196,9 @@ FORWARD = OpSpec(
         _descriptor_kernel(128, 128, 32, 64, 8, 3, residual=True, statistics=False),
         _descriptor_kernel(128, 256, 0, 64, 8, 3, residual=True, statistics=False),
         _descriptor_kernel(128, 256, 64, 64, 8, 3, residual=True, statistics=False),
+        _descriptor_kernel(128, 128, 32, 64, 4, 3, residual=True, statistics=False),
         _descriptor_kernel(64, 64, 0, 64, 4, 4, residual=True, statistics=False),
+        _descriptor_kernel(64, 64, 0, 128, 4, 3, residual=True, statistics=False),
         _descriptor_kernel(128, 128, 0, 64, 8, 3, persistent=True, residual=False, statistics=False),
         _pointer_kernel("*bf16", 128, 64, 32, 8, 3),
         _pointer_kernel("*fp32", 128, 32, 32, 8, 2),
@@ -222,6 +224,9 @@ STATISTICS = OpSpec(
     kernels=(
         _descriptor_kernel(128, 128, 32, 64, 8, 3, residual=False, statistics=True),
         _descriptor_kernel(128, 256, 64, 64, 8, 3, residual=False, statistics=True),
+        _descriptor_kernel(128, 128, 32, 64, 4, 3, residual=False, statistics=True),
+        _descriptor_kernel(128, 128, 0, 64, 4, 3, residual=False, statistics=True),
+        _descriptor_kernel(128, 64, 0, 64, 4, 4, residual=False, statistics=True),
     ),
 )
 BACKWARD = OpSpec(

@@ -45,6 +45,13 @@ MEASURED: dict[tuple[int, int, int], Tiles] = {
     (14400, 1280, 1280): Tiles(128, 256, 0, 64, 8, 3, 1, 8),
     (3600, 1280, 1280): Tiles(128, 128, 32, 64, 4, 3, 0, 8),
 }
+# the same with statistics, where they change the choice
+MEASURED_STATISTICS = {
+    **MEASURED,
+    (2560, 1280, 1280): Tiles(128, 128, 0, 64, 4, 3),
+    (640, 1280, 1280): Tiles(128, 64, 0, 64, 4, 4),
+    (57600, 640, 640): Tiles(128, 128, 0, 64, 4, 3),
+}
 # where nothing was measured: tiles, and how much of the tensor cores' speed they are thought to reach
 DEFAULTS = (
     (Tiles(128, 256, 0, 64, 8, 3), 1.0),
@@ -236,8 +243,8 @@ def tiles_for(clips: int, rows: int, inner: int, channels: int, statistics: bool
     """
     near = [
         (abs(math.log(clips * rows / m)), tiles)
-        for (m, k, n), tiles in MEASURED.items()
-        if (k, n) == (inner, channels) and not (statistics and tiles.block_m % ROWS)
+        for (m, k, n), tiles in (MEASURED_STATISTICS if statistics else MEASURED).items()
+        if (k, n) == (inner, channels)
     ]
     if near and min(near)[0] < math.log(2):
         return min(near)[1]
