@@ -19,8 +19,8 @@ def temporal_attention(
 
     Args:
         qkv: ``[B, T, S, 3, H, D]`` for T frames, S sites, H heads of width D, as a linear layer on ``[B T, S, C]`` writes them;
-            float32, bfloat16 or float16; differentiable. More than 64 frames, or heads wider than 64 (128 for T <= 32 without
-            tables), take the slower path.
+            float32, bfloat16 or float16; differentiable. More than 64 frames (32 with tables), or heads wider than 64 (128 for
+            T <= 32 without tables), take the slower path.
         scale: of the logits, ``D ** -0.5`` if None.
         causal: a frame sees itself and earlier ones only.
         relative_key, relative_value: both or neither, ``[2 m + 1, D]``: row ``clamp(key - query, -m, m) + m`` is added to the key

@@ -79,8 +79,8 @@ def _supports(qkv: Tensor, relative_key: Tensor, relative_value: Tensor, scale: 
     if relative_key.numel() or relative_value.numel():
         if relative_key.shape != relative_value.shape:
             return "relative-position tables of two shapes"
-        if qkv.shape[5] > 64:
-            return f"relative-position tables and heads of width {qkv.shape[5]}, more than 64"
+        if qkv.shape[1] > 32 or qkv.shape[5] > 64:
+            return f"relative-position tables with {qkv.shape[1]} frames and heads of width {qkv.shape[5]}, more than 32 and 64"
     return unsupported(qkv, relative_key, relative_value)
 
 
@@ -124,7 +124,7 @@ _CASES: dict[str, tuple[tuple[int, int, int, int, int], bool, int | None]] = {
     "relative": ((1, 3, 2, 2, 4), False, 1),
     "relative_causal": ((1, 3, 2, 1, 3), True, 4),
     "relative_padded": ((2, 25, 37, 3, 40), True, 8),
-    "relative_most_frames": ((1, 64, 2, 1, 64), False, 70),
+    "relative_most_frames": ((1, 32, 2, 1, 64), False, 70),
     "relative_empty": ((2, 4, 0, 2, 16), False, 2),
 }
 _SMOOTH = ("small", "causal", "one_frame", "relative", "relative_causal")
@@ -148,8 +148,8 @@ def _kernels(
             signature,
             {
                 **{"FRAMES": t, "HEADS": 5, "DIM": 64, "CAUSAL": causal, "RELATIVE": relative},
-                **{"SITES": 4 if relative is None else sites, "BLOCK_T": {16: 16, 25: 32, 64: 64}[t], "BLOCK_D": 64},
-                "BLOCK_R": 0 if relative is None else {1: 16, 8: 32, 15: 32, 24: 64, 63: 128}[relative],
+                **{"SITES": 4 if relative is None else sites, "BLOCK_T": {16: 16, 25: 32, 32: 32, 64: 64}[t], "BLOCK_D": 64},
+                "BLOCK_R": 0 if relative is None else {1: 16, 8: 32, 15: 32, 31: 64}[relative],
             },
             warps,
         )
@@ -182,7 +182,7 @@ FORWARD = OpSpec(
         4,
         {
             **{(16, False, None): 1, (25, False, None): 2, (25, True, None): 2, (64, False, None): 8},
-            **{(16, False, 1): 1, (16, True, 15): 2, (25, False, 8): 2, (25, True, 24): 8, (64, False, 63): 8},
+            **{(16, False, 1): 2, (16, True, 15): 4, (25, False, 8): 4, (32, True, 31): 8},
         },
     ),
 )
@@ -208,7 +208,7 @@ BACKWARD = OpSpec(
         32,
         {
             **{(16, False, None): 1, (25, False, None): 4, (25, True, None): 4, (64, False, None): 8},
-            **{(16, False, 1): 1, (16, True, 15): 4, (25, False, 8): 4, (25, True, 24): 8, (64, False, 63): 8},
+            **{(16, False, 1): 2, (16, True, 15): 8, (25, False, 8): 8, (32, True, 31): 8},
         },
     ),
 )

@@ -21,16 +21,16 @@ def _program(sites, SITES: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _rows_to_pairs(b_r, RELATIVE: tl.constexpr, BLOCK_T: tl.constexpr):
+def _rows_to_pairs(b_r, i_0, RELATIVE: tl.constexpr, BLOCK_T: tl.constexpr):
     """[query, row of a table] -> [query, key]: for every key the row of its distance."""
-    o_q, o_k = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_T)[None, :]
+    o_q, o_k = tl.arange(0, BLOCK_T)[:, None] + i_0, tl.arange(0, BLOCK_T)[None, :]
     return tl.gather(b_r, tl.minimum(tl.maximum(o_k - o_q, -RELATIVE), RELATIVE) + RELATIVE, 1)
 
 
 @triton.jit
-def _pairs_to_rows(b_p, RELATIVE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+def _pairs_to_rows(b_p, i_0, RELATIVE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
     """[query, key] -> [query, row of a table]: the sum over the keys of every row, of which only the outer rows have several."""
-    o_q, o_k = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_T)[None, :]
+    o_q, o_k = tl.arange(0, BLOCK_T)[:, None] + i_0, tl.arange(0, BLOCK_T)[None, :]
     o_r = tl.arange(0, BLOCK_R)[None, :]
     if RELATIVE == 0:
         return tl.where(o_r == 0, tl.sum(b_p, 1)[:, None], 0.0)
@@ -42,21 +42,21 @@ def _pairs_to_rows(b_p, RELATIVE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: 
 
 
 @triton.jit
-def _table(table_ptr, dtype, RELATIVE: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_r, o_d = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_D)[None, :]
+def _table(table_ptr, dtype, i_0, RELATIVE: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_r, o_d = tl.arange(0, BLOCK_R)[:, None] + i_0, tl.arange(0, BLOCK_D)[None, :]
     return tl.load(table_ptr + o_r * DIM + o_d, mask=(o_r <= 2 * RELATIVE) & (o_d < DIM), other=0.0).to(dtype)
 
 
 @triton.jit
 def _logits(
-    b_q, b_k, key_ptr, scale, FRAMES: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, RELATIVE: tl.constexpr,
+    b_q, b_k, key_ptr, i_0, scale, FRAMES: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, RELATIVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Scaled logits [query, key], -inf where a key is not seen; every row sees at least the first key."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if RELATIVE is not None:
-        b_a = _table(key_ptr, b_q.dtype, RELATIVE, DIM, BLOCK_R, BLOCK_D)
-        b_s += _rows_to_pairs(tl.dot(b_q, tl.trans(b_a), input_precision="ieee"), RELATIVE, BLOCK_T)
+        b_a = _table(key_ptr, b_q.dtype, i_0, RELATIVE, DIM, BLOCK_R, BLOCK_D)
+        b_s += _rows_to_pairs(tl.dot(b_q, tl.trans(b_a), input_precision="ieee"), i_0, RELATIVE, BLOCK_T)
     b_s = b_s * scale
     o_q, o_k = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_T)[None, :]
     m_s = o_k < FRAMES
@@ -76,21 +76,22 @@ def temporal_attention_kernel(
     o_t, o_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     m_t = o_t < FRAMES
     m_x = m_t[:, None] & (o_d < DIM)[None, :]
-    for j in tl.range(0, count if SITES > 1 else 1, num_stages=1):
+    for j in tl.range(0, count, num_stages=1):
+        i_0 = (i_s + j >= sites).to(tl.int32)  # always 0: keeps tables and their indices out of registers between sites
         o_r = (i_b * FRAMES + o_t) * sites + i_s + j
         p_q = qkv_ptr + ((o_r * 3 * HEADS + i_h) * DIM)[:, None] + o_d[None, :]
         b_q = tl.load(p_q, mask=m_x, other=0.0)
         b_k = tl.load(p_q + HEADS * DIM, mask=m_x, other=0.0)
         b_v = tl.load(p_q + 2 * HEADS * DIM, mask=m_x, other=0.0)
-        b_s = _logits(b_q, b_k, key_ptr, scale, FRAMES, DIM, CAUSAL, RELATIVE, BLOCK_T, BLOCK_D, BLOCK_R)
+        b_s = _logits(b_q, b_k, key_ptr, i_0, scale, FRAMES, DIM, CAUSAL, RELATIVE, BLOCK_T, BLOCK_D, BLOCK_R)
         b_max = tl.max(b_s, 1)
         b_p = tl.exp(b_s - b_max[:, None])
         b_sum = tl.sum(b_p, 1)
         b_p = b_p / b_sum[:, None]
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
         if RELATIVE is not None:
-            b_e = _table(value_ptr, b_v.dtype, RELATIVE, DIM, BLOCK_R, BLOCK_D)
-            b_r = _pairs_to_rows(b_p, RELATIVE, BLOCK_T, BLOCK_R)
+            b_e = _table(value_ptr, b_v.dtype, i_0, RELATIVE, DIM, BLOCK_R, BLOCK_D)
+            b_r = _pairs_to_rows(b_p, i_0, RELATIVE, BLOCK_T, BLOCK_R)
             b_o = tl.dot(b_r.to(b_v.dtype), b_e, b_o, input_precision="ieee")
         p_o = out_ptr + ((o_r * HEADS + i_h) * DIM)[:, None] + o_d[None, :]
         tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=m_x)
@@ -114,7 +115,8 @@ def temporal_attention_backward_kernel(
     if RELATIVE is not None:
         b_da = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         b_de = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for j in tl.range(0, count if SITES > 1 else 1, num_stages=1):
+    for j in tl.range(0, count, num_stages=1):
+        i_0 = (i_s + j >= sites).to(tl.int32)  # always 0: keeps tables and their indices out of registers between sites
         o_r = (i_b * FRAMES + o_t) * sites + i_s + j
         o_q = ((o_r * 3 * HEADS + i_h) * DIM)[:, None] + o_d[None, :]
         p_q = qkv_ptr + o_q
@@ -124,23 +126,23 @@ def temporal_attention_backward_kernel(
         b_g = tl.load(grad_ptr + ((o_r * HEADS + i_h) * DIM)[:, None] + o_d[None, :], mask=m_x, other=0.0)
         b_lse = tl.load(lse_ptr + ((i_b * HEADS + i_h) * sites + i_s + j) * FRAMES + o_t, mask=m_t, other=0.0)
         # rows beyond the last frame have b_g = 0 and b_q = 0, and so add nothing below
-        b_s = _logits(b_q, b_k, key_ptr, scale, FRAMES, DIM, CAUSAL, RELATIVE, BLOCK_T, BLOCK_D, BLOCK_R)
+        b_s = _logits(b_q, b_k, key_ptr, i_0, scale, FRAMES, DIM, CAUSAL, RELATIVE, BLOCK_T, BLOCK_D, BLOCK_R)
         b_p = tl.exp(b_s - b_lse[:, None])
         p_x = out_ptr + o_q
         b_x = tl.dot(tl.trans(b_p.to(b_g.dtype)), b_g, input_precision="ieee")
         tl.store(p_x + 2 * HEADS * DIM, b_x.to(out_ptr.dtype.element_ty), mask=m_x)
         b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
         if RELATIVE is not None:
-            b_e = _table(value_ptr, b_g.dtype, RELATIVE, DIM, BLOCK_R, BLOCK_D)
-            b_dp += _rows_to_pairs(tl.dot(b_g, tl.trans(b_e), input_precision="ieee"), RELATIVE, BLOCK_T)
-            b_r = _pairs_to_rows(b_p, RELATIVE, BLOCK_T, BLOCK_R).to(b_g.dtype)
+            b_e = _table(value_ptr, b_g.dtype, i_0, RELATIVE, DIM, BLOCK_R, BLOCK_D)
+            b_dp += _rows_to_pairs(tl.dot(b_g, tl.trans(b_e), input_precision="ieee"), i_0, RELATIVE, BLOCK_T)
+            b_r = _pairs_to_rows(b_p, i_0, RELATIVE, BLOCK_T, BLOCK_R).to(b_g.dtype)
             b_de = tl.dot(tl.trans(b_r), b_g, b_de, input_precision="ieee")
         b_ds32 = scale * b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
         b_ds = b_ds32.to(b_q.dtype)
         b_x = tl.dot(b_ds, b_k, input_precision="ieee")
         if RELATIVE is not None:
-            b_a = _table(key_ptr, b_q.dtype, RELATIVE, DIM, BLOCK_R, BLOCK_D)
-            b_r = _pairs_to_rows(b_ds32, RELATIVE, BLOCK_T, BLOCK_R).to(b_q.dtype)
+            b_a = _table(key_ptr, b_q.dtype, i_0, RELATIVE, DIM, BLOCK_R, BLOCK_D)
+            b_r = _pairs_to_rows(b_ds32, i_0, RELATIVE, BLOCK_T, BLOCK_R).to(b_q.dtype)
             b_x = tl.dot(b_r, b_a, b_x, input_precision="ieee")
             b_da = tl.dot(tl.trans(b_r), b_q, b_da, input_precision="ieee")
         tl.store(p_x, b_x.to(out_ptr.dtype.element_ty), mask=m_x)
@@ -163,7 +165,8 @@ def options(
     sites = SITES_OF_TABLES if backward and relative is not None else SITES
     constants = {"FRAMES": frames, "HEADS": heads, "DIM": dim, "CAUSAL": causal, "RELATIVE": relative, "SITES": sites}
     tile = max(block_t, block_r) * block_d
-    warps = 1 if tile <= 1024 else 8 if tile > 2048 else 4 if backward else 2  # the fewest that keep a tile in registers
+    few, some = (1, 4 if backward else 2) if relative is None else (2, 8 if backward else 4)
+    warps = few if tile <= 1024 else some if tile <= 2048 else 8  # the fewest that keep a tile in registers
     return {**constants, "BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_R": block_r}, warps
 
 
@@ -203,9 +206,7 @@ def temporal_attention_backward(
         grid = (b * triton.cdiv(s, constants["SITES"]) * h,)
         tables = relative_key[rows], relative_value[rows]
         partial = [qkv.new_empty((*grid, *table.shape), dtype=torch.float32) for table in tables]
-        temporal_attention_backward_kernel[grid](
-            grad, qkv, lse, *tables, out, *partial, scale, s, **constants, num_warps=warps
-        )
+        temporal_attention_backward_kernel[grid](grad, qkv, lse, *tables, out, *partial, scale, s, **constants, num_warps=warps)
         for total, part in zip(gradients, partial, strict=True):
             total[rows] = part.sum(0)
     return out, *gradients

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fvgen import kernels
 from fvgen.kernels import _dispatch
-from fvgen.kernels._testing import as_tuple, assert_close, poisoned_memory
+from fvgen.kernels._testing import as_tuple, assert_close, largest_error, poisoned_memory
 
 SPECS = list(kernels.iter_specs())
 ALL = [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS for c in s.cases]
+FAST = [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS for c in s.cases if s.fast is not None]
 SMOOTH = [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS for c in s.cases if s.grad_args and c.gradcheck]
 
 
@@ -36,6 +37,28 @@ def gradients(spec, args: tuple) -> dict[str, Tensor]:
     names = [a.name for a in op(spec)._schema.arguments]
     found = torch.autograd.grad(outputs, [args[i] for i in spec.grad_args], upstream)
     return {names[i]: g for i, g in zip(spec.grad_args, found, strict=True)}
+
+
+def assert_as_exact_as_pytorch(spec, args: tuple, fast: tuple) -> None:
+    """The error of floating outputs against float64 is at most 1.5 times that of plain PyTorch, all from the same inputs.
+
+    Half a unit in the last place of the largest entry comes on top, since plain PyTorch may happen to be exact. Outputs that stay
+    in float32, such as statistics, come as close as sums in another order do: for them it is the tolerance of the float32 test.
+
+    Args:
+        args: arguments in half precision on the CPU, where plain PyTorch runs as well.
+    """
+    exact = as_tuple(spec.reference(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)))
+    plain = as_tuple(spec.baselines.get("eager", spec.reference)(*args))
+    for n, (f, p, e) in enumerate(zip(fast, plain, exact, strict=True)):
+        name = f"{spec.name} output {n}"
+        assert f.shape == e.shape, f"{name}: shape {list(f.shape)} instead of {list(e.shape)}"
+        assert f.dtype == p.dtype, f"{name}: {f.dtype} instead of {p.dtype}"
+        if f.is_floating_point():
+            slack = spec.tolerance.forward if f.dtype == torch.float32 else torch.finfo(f.dtype).eps / 2
+            error, of_pytorch = largest_error(f, e), largest_error(p, e)
+            found = f"error {error:.2e} of the largest entry, plain PyTorch's {of_pytorch:.2e}"
+            assert error <= 1.5 * of_pytorch + slack, f"{name}: {found}"
 
 
 def test_there_are_operators():
@@ -92,6 +115,22 @@ def test_fast_equals_reference(spec, case, monkeypatch):
     if fast_gradients:
         for name, e in gradients(spec, case.make("cpu", torch.float32)).items():
             assert_close(fast_gradients[name], e, spec.tolerance.backward, f"{spec.name} gradient of {name}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("spec", "case"), FAST)
+def test_half_precision_is_as_exact_as_pytorch(spec, case, dtype, monkeypatch):
+    args = case.make("cpu", dtype)
+    on_cuda = tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
+    if reason := spec.supports(*on_cuda):
+        pytest.skip(f"no fast path: {reason}")
+    monkeypatch.setenv("FVGEN_KERNELS", "strict")
+    with poisoned_memory():
+        fast = as_tuple(op(spec)(*on_cuda))
+    if not any(o.numel() and o.is_floating_point() for o in fast):
+        pytest.skip("no floating output has entries")
+    assert_as_exact_as_pytorch(spec, args, fast)
 
 
 @pytest.mark.gpu
