@@ -1,0 +1,54 @@
+"""The adversarial parts that several methods share: logits of clips, the student's loss and the classifier's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fvgen.distill import losses
+from fvgen.distill.configs import MatchingConfig, StageOneConfig
+from fvgen.distill.networks import Batch, Draws, Networks
+from fvgen.distill.rollout import Process
+
+
+def moments(x0: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of the student's latents: a drift of either comes before visible damage."""
+    x = x0.detach().float()
+    return {"latent_mean": x.mean(), "latent_std": x.std()}
+
+
+def clip_logits(networks: Networks, x: Tensor, t: Tensor, batch: Batch, through_trunk: bool) -> Tensor:
+    """Logits ``[B]``; a critic's own update needs no gradient through the trunk, the student's gets all of its through it."""
+    assert networks.trunk is not None
+    assert networks.head is not None
+    with torch.set_grad_enabled(through_trunk and torch.is_grad_enabled()):
+        features = networks.trunk(x, t, batch.condition)
+    return networks.head(features)
+
+
+def adversarial_loss(
+    networks: Networks, process: Process, x0: Tensor, t: Tensor, batch: Batch, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """The student's adversarial loss (eq. 5) on its samples ``x0``, and the mean logit."""
+    logits = clip_logits(networks, process.noise(x0, t, draws.seed()).x_t, t, batch, through_trunk=True)
+    return losses.student_adversarial(logits), logits.detach().mean()
+
+
+def classifier_loss(
+    networks: Networks, process: Process, x0: Tensor, batch: Batch, draws: Draws, config: StageOneConfig | MatchingConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logistic loss of the head (eqs. 5 and 7): real and generated clips at the same times, under the same noise."""
+    t = draws.times(config.classifier_span, len(process), x0.shape[0], x0.device)
+    seed = draws.seed()
+    x_real, x_fake = (process.noise(x, t, seed).x_t for x in (batch.clean.to(x0.dtype), x0))
+    real, fake = (clip_logits(networks, x, t, batch, through_trunk=False) for x in (x_real, x_fake))
+    loss = losses.classifier_logistic(real, fake)
+    statistics = {"head_loss": loss.detach(), "logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
+    if config.r1_weight:
+        generator = torch.Generator(x_real.device).manual_seed(draws.seed())
+        noise = torch.randn(x_real.shape, generator=generator, device=x_real.device, dtype=x_real.dtype)
+        moved = clip_logits(networks, x_real + config.r1_sigma * noise, t, batch, through_trunk=False)
+        penalty = losses.approximate_r1(real, moved)
+        loss = loss + config.r1_weight * penalty
+        statistics["r1"] = penalty.detach()
+    return loss, statistics
