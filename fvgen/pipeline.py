@@ -244,7 +244,7 @@ class FVGenPipeline:
         if model.device.type == "cuda":
             with watch.stage("compile"):
                 for clip in clips:
-                    model.prepare(clip.shape, steps)
+                    model.prepare(clip.shape)
         guided = sampler == "teacher" and model.index.guidance_scale != 1.0
         with watch.stage("encode"):
             conditions = [model.condition(clip, guided) for clip in clips]

@@ -80,10 +80,10 @@ class ModelSampler:
                 self._graphs[key] = None
         return self._graphs[key]
 
-    def prepare(self, shape: Sequence[int], steps: int) -> None:
+    def prepare(self, shape: Sequence[int]) -> None:
         """Compiles ahead what clips of this shape need, see :meth:`fvgen.inference.clip.ClipEngine.prepare`."""
         if self._engine is not None:
-            self._engine.prepare(shape, steps)
+            self._engine.prepare(shape)
 
     def clip_noise(self, shape: Sequence[int], steps: int, noise: NoiseSource | None = None) -> Tensor:
         """The draws of one clip ``[S, B, C, T, h, w]``, in the order in which :meth:`few_step` takes them.

@@ -54,17 +54,16 @@ class ClipEngine:
         self._prepared: set[tuple[int, ...]] = set()
 
     @torch.inference_mode()
-    def prepare(self, shape: Sequence[int], steps: int) -> None:
+    def prepare(self, shape: Sequence[int]) -> None:
         """On a GPU, compiles what clips need, if that has not been done; it would happen at the first clip, one after the other.
 
         Args:
             shape: ``[B, T, 3, H, W]`` of the renders.
-            steps: S.
         """
         if self.device.type == "cuda" and tuple(shape) not in self._prepared:
             self._prepared.add(tuple(shape))
             renders = torch.rand(tuple(shape), device=self.device)
-            noise = torch.randn((steps, *self.latent_shape(shape)), device=self.device)
+            noise = torch.randn((2, *self.latent_shape(shape)), device=self.device)  # two steps launch every kernel
             compile_side_by_side(lambda: self(renders, noise))
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -160,7 +159,7 @@ class ClipGraph:
     @torch.inference_mode()
     def __init__(self, engine: ClipEngine, shape: Sequence[int], steps: int = 4) -> None:
         device = engine.device
-        engine.prepare(shape, steps)
+        engine.prepare(shape)
         self._renders = torch.rand(tuple(shape), device=device)
         self._noise = torch.randn((steps, *engine.latent_shape(shape)), device=device)
         before = torch.cuda.memory_reserved(device)
