@@ -10,19 +10,8 @@ from fvgen.inference.unet import UNetEngine
 from fvgen.models.unet import VideoUNet
 from tests.models import reference
 from tests.models.reference_models import tiny_unet
+from tests.models.test_unet import SMALL
 
-SMALL = {
-    "in_channels": 4,
-    "out_channels": 2,
-    "model_channels": 16,
-    "channel_mult": (1, 2),
-    "layers_per_level": 1,
-    "attention_resolutions": (1,),
-    "head_channels": 8,
-    "context_dim": 12,
-    "initial_temporal_heads": 2,
-    "norm_groups": 8,
-}
 VARIANTS = {
     "plain": {},
     "relative_causal": {"relative_position": True, "causal": True},
