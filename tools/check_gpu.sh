@@ -33,7 +33,9 @@ part install 200 env FVGEN_BUILD_CUDA=1 "$python" -m pip install --no-build-isol
 cp -r tests benchmarks pyproject.toml csrc setup.py MANIFEST.in "$work"
 cd "$work"
 part doctor 30 fvgen doctor
-part tests 240 "$python" -m pytest -q -m gpu --tb=short -p no:cacheprovider
+# side by side where pytest-xdist is installed: most of the time goes into compiling
+workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 8")
+part tests 300 "$python" -m pytest -q -m gpu --tb=short -p no:cacheprovider $workers
 part demo 60 fvgen demo --device cuda --output "$work/demo"
 cmake_build() { cmake -S "$root" -B "$work/build" -DCMAKE_CUDA_ARCHITECTURES=native && cmake --build "$work/build" -j; }
 export -f cmake_build && export root work

@@ -76,6 +76,15 @@ class EngineRunner(_Engine):
         self._noise: dict[tuple[int, ...], Tensor] = {}
         self.graph_memory: int | None = None
 
+    @property
+    def fast(self) -> bool | None:
+        return self.engine.fast
+
+    @fast.setter
+    def fast(self, on: bool | None) -> None:
+        self.engine.fast = bool(on)
+        self.release()
+
     def encode(self, renders: Tensor) -> Conditioned:
         return self._replays("encode", self.engine.condition, renders)
 

@@ -27,11 +27,13 @@ class ClipRunner(Protocol):
         label: for the records.
         steps: network calls per clip.
         graph_memory: bytes that the recording of the last clip holds, None where nothing is recorded.
+        fast: whether clips are made in fast mode, may be set between clips; None where there is no such mode.
     """
 
     label: str
     steps: int
     graph_memory: int | None
+    fast: bool | None
 
     def encode(self, renders: Tensor) -> Any:
         """What the network is conditioned on, from renders ``[B, T, 3, H, W]`` in [0, 1]."""
@@ -105,6 +107,7 @@ class ModelRunner:
 
     label = "modules"
     graph_memory: int | None = None
+    fast: bool | None = None
 
     def __init__(self, bundle: ModelBundle, steps: int = 4) -> None:
         self.steps = steps

@@ -43,8 +43,9 @@ def measure_sampler(
 ) -> Iterator[dict[str, Any]]:
     """Records of loading, of each stage at the first batch size, of whole clips at each, and of the teacher's clip.
 
-    A clip counts from the points on the device to the decoded frames: render, noise, encode, steps, decode. Peak memory counts
-    everything of the process, the model in float32 included, and for a recorded clip also its recording.
+    At the first batch size whole clips are measured in fast mode too. A clip counts from the points on the device to the decoded
+    frames: render, noise, encode, steps, decode. Peak memory counts everything of the process, the model in float32 included, and
+    for a recorded clip also its recording.
 
     Args:
         model: what to load.
@@ -87,6 +88,13 @@ def measure_sampler(
             failed = {"stage": "clip", "unit": "ms", "median_ms": None, "failed": reason(error)}
             records = [{"name": f"clip_{named(model, batch)}_ms", **shared, "batch": batch, **failed}]
         yield from records
+        if batch == batches[0] and runner.fast is not None:
+            say(f"{model.name}, batch {batch}, whole clips in fast mode")
+            runner.fast = True
+            _empty_cache(device)
+            with inference():
+                yield _fast_clip(runner, model, device, batch, rounds, quick, {**shared, "batch": batch})
+            runner.fast = False
     if teacher_steps:
         runner.release()
         _empty_cache(device)
@@ -168,6 +176,15 @@ def _clips(
     if batch == VIEWS_BATCH and model.index.frames == VIEWS_FRAMES:
         records.append({"name": _short("views56", model), **facts, **memory, "unit": "s", **timing.seconds()})
     return records
+
+
+def _fast_clip(
+    runner: ClipRunner, model: BenchModel, device: str, batch: int, rounds: int, quick: bool, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Record of whole clips in fast mode."""
+    render = render_call(model.index, device, batch, quick)
+    timing = time_calls(lambda: runner.clip(render(), 0), device, rounds)
+    return {"name": f"clip_{named(model, batch)}_fast_ms", **facts, "stage": "fast clip", "unit": "ms", **timing.fields()}
 
 
 def _short(figure: str, model: BenchModel) -> str:

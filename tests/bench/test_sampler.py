@@ -23,7 +23,8 @@ def test_stages_of_injected_runners(sleeper):
     records = list(measure_sampler(sleeper, "cpu", [1, 2], 3, teacher_steps=10, quick=True, runners=SLEEPERS))
     stages = ["render", "encode", "noise", "unet_forward", "step1", "step2", "vae_decode"]
     clips = ["clip_sleeper_ms", "clips_per_s_sleeper_b1", "clip_sleeper_b2_ms", "clips_per_s_sleeper_b2"]
-    names = ["load_sleeper_s", *(f"{s}_sleeper_ms" for s in stages), *clips, "teacher10_sleeper_s"]
+    measured = [*clips[:2], "clip_sleeper_fast_ms", *clips[2:]]
+    names = ["load_sleeper_s", *(f"{s}_sleeper_ms" for s in stages), *measured, "teacher10_sleeper_s"]
     assert [r["name"] for r in records] == names
     assert {(r["weights"], r["frames"], *r["image_size"]) for r in records} == {("random weights", 4, 64, 96)}
     assert {r["runner"] for r in records} == {"sleeper", "sleeper, DDIM"}
@@ -33,6 +34,9 @@ def test_stages_of_injected_runners(sleeper):
     clip, rate, twice = (found[n] for n in (*clips[:2], clips[3]))
     # the whole clip contains the render
     assert clip["min_ms"] >= 27 + found["render_sleeper_ms"]["min_ms"] / 4
+    fast = found["clip_sleeper_fast_ms"]
+    assert 17 <= fast["min_ms"] < clip["min_ms"] - 8
+    assert fast["stage"] == "fast clip"
     assert rate["value"] == clip["clips_per_second"] == pytest.approx(1e3 / clip["median_ms"])
     assert twice["value"] == pytest.approx(2e3 / found[clips[2]]["median_ms"])
     assert (clip["peak_memory_bytes"], clip["graph_memory_bytes"], clip["energy_per_clip_j"]) == (None, 1000, None)
