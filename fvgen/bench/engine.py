@@ -55,7 +55,7 @@ class _Engine:
 class EngineRunner(_Engine):
     """:class:`fvgen.inference.clip.ClipEngine`; its whole clip is a :class:`fvgen.inference.clip.ClipGraph`.
 
-    Noise is drawn on the processor, outside of the graphs, from the pipeline's seeded source.
+    Noise is drawn outside of the graphs, from the pipeline's seeded source.
 
     Args:
         bundle: the model, on its device.
@@ -135,8 +135,8 @@ class EngineRunner(_Engine):
         return self._clips[renders.shape](renders, noise)
 
     def _draw(self, shape: tuple[int, ...], seed: int) -> Tensor:
-        """``[S, B, C, T, h, w]`` on the processor, one draw after the other as the sampler takes them."""
-        draw = seeded_noise(seed)
+        """``[S, B, C, T, h, w]``, one draw after the other as the sampler takes them."""
+        draw = seeded_noise(seed, self.device)
         return torch.stack([draw(shape) for _ in range(self.steps)])
 
     def _predict(self, number: int, x: Tensor, condition: Conditioned) -> Tensor:
@@ -184,14 +184,14 @@ class EngineTeacherRunner(_Engine):
         shape = self._shape(renders)
         condition = self._replays("encode", self._condition, renders)
         branches = 1 if self.guidance_scale == 1.0 else 2
-        draw = seeded_noise(seed)
+        draw = seeded_noise(seed, self.device)
         x = draw(shape)
-        noise = torch.zeros(shape)
+        noise = torch.zeros_like(x)
         for time, following in zip(times, [*times[1:], 0], strict=True):
             rates = (*self._rates(time), *ddim_rates(self._schedule, time, following, index.eta))
             shifts = self.engine.shifts(time, branches * shape[0], shape[2])
             if rates[-1] > 0:
-                noise = draw(shape)  # while the GPU is busy with the step before
+                noise = draw(shape)
             x = self._replays("step", self._step, x, noise, torch.tensor(rates), shifts, condition)
         return self._replays("decode", self.engine.decode, x)
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from fvgen.kernels.noise_injection import noise_injection
+
 NoiseSource = Callable[[Sequence[int]], Tensor]
 
 
-def seeded_noise(seed: int | torch.Generator, device: torch.device | str = "cpu") -> NoiseSource:
-    """Standard normal float32 drawn on the CPU and then moved, so that a seed gives the same noise on every device.
+def seeded_noise(seed: int, device: torch.device | str = "cpu") -> NoiseSource:
+    """Standard normal float32 ``[B, ...]``, drawn where it is wanted from a counter-based stream.
+
+    A seed gives the same numbers on every device, but for the rounding of logarithm, sine and cosine. The stream is that of
+    :mod:`fvgen.kernels.noise_injection`, noise injected into nothing; each draw begins where the one before ended.
 
     Args:
-        seed: a seed, or a CPU generator to draw from.
+        seed: of the stream.
         device: where the noise is wanted.
     """
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    only_noise = torch.tensor([[0.0], [1.0], [1.0]], device=device)
+    drawn = 0
 
     def draw(shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator).to(device)
+        nonlocal drawn
+        nothing = torch.zeros(tuple(shape), device=device)
+        time = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        offset, drawn = drawn, drawn + shape[0] * math.ceil(math.prod(shape[1:]) / 4)
+        return noise_injection(nothing, time, only_noise, seed, offset).x_t
 
     return draw
 

@@ -34,3 +34,10 @@ def linear_geglu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor)
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What a model without this operator runs: rounds the product and the GELU to the dtype of x."""
     return gate.eager(functional.linear(x, weight, bias))
+
+
+def eager_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of :func:`eager` as autograd takes it, in the dtype of x."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        return torch.autograd.grad(eager(*inputs), inputs, grad)
