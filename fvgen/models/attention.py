@@ -9,6 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fvgen.kernels.cross_attention import cross_attention
+from fvgen.kernels.geglu import geglu
+from fvgen.kernels.temporal_attention import temporal_attention
+
+from .fused import layer_norm, packed_linear
+
 # CUDA grids hold at most 65535 blocks along the batch axis; temporal attention has one row per pixel and can exceed that.
 _MAX_ROWS = 65535
 
@@ -52,6 +58,22 @@ class SelfAttention(nn.Module):
         if self.max_distance is None:
             return self.to_out(multi_head_attention(q, k, v, self.heads, self.causal))
         return self.to_out(self._relative_attention(q, k, v, self.max_distance))
+
+    def over_pixels(self, x: Tensor) -> Tensor:
+        """:meth:`forward` with one product for queries, keys and values; without positions and mask."""
+        q, k, v = (y.transpose(1, 2) for y in self._packed(x).unbind(2))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def over_frames(self, x: Tensor, frames: int) -> Tensor:
+        """:meth:`forward` along the frames of ``x [B * frames, R, dim]``, for every pixel."""
+        tables = {}
+        if self.max_distance is not None:
+            tables = {"relative_key": self.relative_key.to(x.dtype), "relative_value": self.relative_value.to(x.dtype)}
+        qkv = self._packed(x).unflatten(0, (-1, frames))  # [B, T, R, 3, heads, d]
+        return self.to_out(temporal_attention(qkv, causal=self.causal, **tables).flatten(3).flatten(0, 1))
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.to_q, self.to_k, self.to_v).unflatten(2, (3, self.heads, -1))
 
     def _relative_attention(self, q: Tensor, k: Tensor, v: Tensor, max_distance: int) -> Tensor:
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))  # [N, S, heads, d]
@@ -109,6 +131,18 @@ class CrossAttention(nn.Module):
             out = out + (seen if self.image_scale is None else (self.image_scale.tanh() + 1) * seen)
         return self.to_out(out)
 
+    def fused(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """:meth:`forward` with both softmaxes in one kernel."""
+        q, shape = self.to_q(x).unflatten(2, (self.heads, -1)), (2, self.heads, -1)
+        seen = None
+        if self.image_branch and image is not None:
+            seen = packed_linear(image, self.to_k_image, self.to_v_image).unflatten(2, shape).to(q.dtype)
+            if self.image_scale is not None:  # the output is linear in the values
+                key, value = seen.unbind(2)
+                seen = torch.stack([key, (self.image_scale.tanh() + 1).to(q.dtype) * value], 2)
+        context = packed_linear(text, self.to_k, self.to_v).unflatten(2, shape).to(q.dtype)
+        return self.to_out(cross_attention(q, context, seen).flatten(2))
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Rows that share a context are laid end to end as one longer query sequence: no copy of keys and values per frame.
         folded = q.reshape(k.shape[0], -1, q.shape[2])
@@ -128,6 +162,10 @@ class GEGLUFeedForward(nn.Module):
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(self.dropout(value * F.gelu(gate)))
 
+    def fused(self, x: Tensor) -> Tensor:
+        """:meth:`forward` with the activation in one pass each way."""
+        return self.proj_out(self.dropout(geglu(self.proj_in(x))))
+
 
 class SpatialBlock(nn.Module):
     """Pre-norm block over the pixels of a frame: self-attention, cross-attention, feed-forward."""
@@ -146,6 +184,13 @@ class SpatialBlock(nn.Module):
         x = x + self.cross_attn(self.norm_cross(x), text, image)
         return x + self.ff(self.norm_ff(x))
 
+    def fused(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        """:meth:`forward` with the sums inside the norms."""
+        h, _ = layer_norm(self.norm_self, x)
+        h, x = layer_norm(self.norm_cross, self.self_attn.over_pixels(h), x)
+        h, x = layer_norm(self.norm_ff, self.cross_attn.fused(h, text, image), x)
+        return x + self.ff.fused(h)
+
 
 class TemporalBlock(nn.Module):
     """Pre-norm block over the frames of a pixel: two self-attentions (none sees the context), feed-forward."""
@@ -163,3 +208,10 @@ class TemporalBlock(nn.Module):
         x = x + self.attn_1(self.norm_1(x))
         x = x + self.attn_2(self.norm_2(x))
         return x + self.ff(self.norm_ff(x))
+
+    def fused(self, x: Tensor, frames: int) -> Tensor:
+        """:meth:`forward` for ``[B * frames, R, dim]``: the rows stay where they are."""
+        h, _ = layer_norm(self.norm_1, x)
+        h, x = layer_norm(self.norm_2, self.attn_1.over_frames(h, frames), x)
+        h, x = layer_norm(self.norm_ff, self.attn_2.over_frames(h, frames), x)
+        return x + self.ff.fused(h)

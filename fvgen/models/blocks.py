@@ -7,6 +7,9 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fvgen.kernels.temporal_conv import pack, temporal_conv
+
+from . import fused
 from .attention import SpatialBlock, TemporalBlock
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,6 +50,12 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         """``x [N, C, H, W]``; ``text [M, 77, D]`` and ``image [M', L, D]`` with N a multiple of M and M'."""
+        if fused.applies(x):
+            rows = fused.to_rows(x)
+            h = self.proj_in(fused.group_norm(self.norm, rows, silu=False))
+            for block in self.blocks:
+                h = block.fused(h, text, image)
+            return fused.to_image(rows + self.proj_out(h), x.shape[2])
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
         for block in self.blocks:
             h = block(h, text, image)
@@ -81,6 +90,13 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """``x [B * frames, C, H, W]``."""
+        if fused.applies(x):
+            rows = fused.to_rows(x)
+            clips = rows.unflatten(0, (-1, frames)).flatten(1, 2)  # [B, T H W, C]
+            h = self.proj_in(fused.group_norm(self.norm, clips, silu=False).view(rows.shape))
+            for block in self.blocks:
+                h = block.fused(h, frames)
+            return fused.to_image(rows + self.proj_out(h), x.shape[2])
         clip = x.unflatten(0, (-1, frames))  # [B, T, C, H, W]
         b, _, _, height, width = clip.shape
         h = self.norm(clip.transpose(1, 2)).permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B*H*W, T, C]
@@ -113,6 +129,17 @@ class TemporalConv(nn.Module):
             h = conv(self.dropout(h) if stage else h)
         return (clip + h.transpose(1, 2)).reshape(x.shape)
 
+    def fused(self, rows: Tensor, residual: Tensor, bias: Tensor, frames: int) -> Tensor:
+        """The same for ``rows + residual + bias``: ``[B * frames, R, C]`` twice, and ``[C]``."""
+        clips = rows.unflatten(0, (-1, frames))  # [B, T, R, C]
+        h, total = fused.group_norm_sum(self.norms[0], clips.flatten(1, 2), residual.view(clips.flatten(1, 2).shape), bias)
+        for stage, conv in enumerate(self.convs):
+            weight, added, last = pack(conv.weight.to(h.dtype)), conv.bias.to(h.dtype), stage == len(self.convs) - 1
+            h = (self.dropout(h) if stage else h).view(clips.shape)
+            h = temporal_conv(h, weight, added, residual=total.view(clips.shape) if last else None)
+            h = h if last else fused.group_norm(self.norms[stage + 1], h.flatten(1, 2))
+        return h.view(rows.shape)
+
 
 class ResBlock(nn.Module):
     """Residual block with the time embedding added between its two convolutions, then an optional temporal convolution."""
@@ -138,6 +165,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, frames: int | None = None) -> Tensor:
         """``x [N, C, H, W]``; ``emb [M, E]``, each row for N / M successive rows of x; no temporal part if frames is None."""
+        if fused.applies(x):
+            return self._fused(x, emb, frames)
         h = self.conv_1(F.silu(self.norm_1(x)))
         shift = self.embedding(F.silu(emb)).repeat_interleave(x.shape[0] // emb.shape[0], dim=0)
         h = self.norm_2(h + shift[:, :, None, None])
@@ -145,6 +174,19 @@ class ResBlock(nn.Module):
         if self.temporal_conv is not None and frames is not None:
             h = self.temporal_conv(h, frames)
         return h
+
+    def _fused(self, x: Tensor, emb: Tensor, frames: int | None) -> Tensor:
+        rows, height = fused.to_rows(x), x.shape[2]
+        h = fused.convolution(fused.group_norm(self.norm_1, rows), height, self.conv_1)
+        shift = self.embedding(F.silu(emb)).to(h.dtype) + self.conv_1.bias.to(h.dtype)
+        shift = shift.repeat_interleave(x.shape[0] // emb.shape[0], dim=0)
+        h = self.dropout(fused.group_norm(self.norm_2, h, emb=shift))
+        h = fused.convolution(h, height, self.conv_2)
+        if not isinstance(self.skip, nn.Identity):
+            rows = F.linear(rows, self.skip.weight.flatten(1), self.skip.bias)
+        if self.temporal_conv is None or frames is None:
+            return fused.to_image(h + rows + self.conv_2.bias.to(h.dtype), height)
+        return fused.to_image(self.temporal_conv.fused(h, rows, self.conv_2.bias, frames), height)
 
 
 class Downsample(nn.Module):

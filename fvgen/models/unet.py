@@ -12,8 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, channels_last, nn
 
+from . import fused
 from .blocks import Downsample, ResBlock, SpatialTransformer, TemporalTransformer, Upsample, zero_init
 from .embeddings import EmbeddingMLP, sinusoidal_embedding
 
@@ -198,8 +199,11 @@ class VideoUNet(ModelMixin, ConfigMixin):
             for layer in level.layers:
                 h = layer(cat([h, skips.pop()], dim=1), *args)
             h = h if level.resample is None else level.resample(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return h.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        if fused.applies(h):
+            h = fused.to_image(fused.group_norm(self.norm_out, fused.to_rows(h)), h.shape[2])
+        else:
+            h = F.silu(self.norm_out(h))
+        return self.conv_out(h).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
     def trunk(self, x: Tensor, timesteps: Tensor, context: Tensor, fps: Tensor | None = None) -> Tensor:
         """The features after the middle block, ``[B, C, T, h', w']``: what a discriminator head looks at."""
@@ -243,6 +247,8 @@ class VideoUNet(ModelMixin, ConfigMixin):
         text, image = self.split_context(context, frames)
         args = (self.embed(timesteps.expand(b), fps), text, image, frames)
         h = self.conv_in(x.transpose(1, 2).flatten(0, 1))
+        if fused.applies(h):
+            h = h.contiguous(memory_format=channels_last)
         if self.temporal_in is not None:
             h = self.temporal_in(h, frames)
         skips = [h]
