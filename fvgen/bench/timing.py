@@ -189,9 +189,9 @@ def time_once(call: Call, device: str | torch.device) -> float:
 
 
 @contextmanager
-def strict_kernels() -> Iterator[None]:
-    """Operators on CUDA tensors raise instead of falling back to their reference inside the block."""
-    with patch.dict("os.environ", {"FVGEN_KERNELS": "strict"}):
+def strict_kernels(mode: str = "strict") -> Iterator[None]:
+    """Operators on CUDA tensors raise instead of falling back to their reference inside the block, or another FVGEN_KERNELS."""
+    with patch.dict("os.environ", {"FVGEN_KERNELS": mode}):
         yield
 
 
