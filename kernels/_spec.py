@@ -65,7 +65,8 @@ class OpSpec:
         benchmarks: real shapes.
         tolerance: see :class:`Tolerance`.
         cost: same arguments as the operator; :class:`Cost` of the call.
-        baselines: name -> function with the operator's signature, to compare with in benchmarks.
+        baselines: name -> function with the operator's signature, to compare with in benchmarks. "eager" is what a model without
+            the operator runs, as exact as a test may ask; "randn" the same with PyTorch's own noise, which torch.compile takes.
         kernels: Triton kernels behind ``fast``, for compilation without a GPU.
     """
 

@@ -147,7 +147,8 @@ def _rivals(spec: OpSpec, compile: bool) -> dict[str, Callable[..., Any]]:
     rivals = {"reference": spec.reference}
     rivals |= {name: function for name, function in spec.baselines.items() if function is not spec.reference}
     if compile:
-        rivals[COMPILE] = torch.compile(spec.baselines.get("eager", spec.reference), dynamic=False)
+        chain = spec.baselines.get("randn") or spec.baselines.get("eager", spec.reference)
+        rivals[COMPILE] = torch.compile(chain, dynamic=False)
     return rivals
 
 

@@ -162,12 +162,13 @@ class ClipGraph:
         engine.prepare(shape)
         self._renders = torch.rand(tuple(shape), device=device)
         self._noise = torch.randn((steps, *engine.latent_shape(shape)), device=device)
-        before = torch.cuda.memory_reserved(device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             engine(self._renders, self._noise)  # libraries choose their algorithms before the recording
         torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.empty_cache()  # the recording would do so too, and what it frees is not its own
+        before = torch.cuda.memory_reserved(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._frames = engine(self._renders, self._noise)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fvgen.kernels._philox import normal_like
+
+Draw = Callable[[Tensor, Tensor], Tensor]
 
 
 def _noise(x: Tensor, stream: Tensor) -> Tensor:
@@ -13,7 +17,14 @@ def _noise(x: Tensor, stream: Tensor) -> Tensor:
     return normal_like(x, seed, offset)
 
 
-def student_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor | None, tables: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+def randn(x: Tensor, _stream: Tensor) -> Tensor:
+    """Noise of PyTorch's own, whatever the stream is."""
+    return torch.randn_like(x, dtype=torch.float32)
+
+
+def student_step(
+    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor | None, tables: Tensor, stream: Tensor, draw: Draw = _noise
+) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     shape = (3, -1, *[1] * (x.ndim - 1))
     a, b, s = tables[:, t].to(compute).reshape(shape).unbind(0)
@@ -21,7 +32,7 @@ def student_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor | None, tables:
     if t_next is None:
         return x.new_empty(0), x0.to(x.dtype)
     a, b, s = tables[:, t_next].to(compute).reshape(shape).unbind(0)
-    return (a * s * x0 + b * _noise(x, stream)).to(x.dtype), x0.to(x.dtype)
+    return (a * s * x0 + b * draw(x, stream)).to(x.dtype), x0.to(x.dtype)
 
 
 def teacher_step(
@@ -34,6 +45,7 @@ def teacher_step(
     rescale: float,
     noisy: bool,
     want_x0: bool,
+    draw: Draw = _noise,
 ) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     a, b, s, signal, direction, sigma = coefficients.to(compute).unbind(0)
@@ -47,5 +59,5 @@ def teacher_step(
     x0 = (a * noised - b * v) / s
     x_next = signal * x0 + direction * (a * v + b * noised)
     if noisy:
-        x_next = x_next + sigma * _noise(x, stream)
+        x_next = x_next + sigma * draw(x, stream)
     return x_next.to(x.dtype), x0.to(x.dtype) if want_x0 else x.new_empty(0)

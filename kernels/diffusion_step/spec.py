@@ -124,7 +124,7 @@ STUDENT = OpSpec(
     benchmarks=tuple(Case(name, partial(_student, shape=shape)) for name, shape in _CLIPS.items()),
     tolerance=Tolerance(forward=2e-6),
     cost=_student_cost,
-    baselines={"eager": reference.student_step},
+    baselines={"eager": reference.student_step, "randn": partial(reference.student_step, draw=reference.randn)},
     kernels=(
         _kernel(
             "student_step_kernel",
@@ -153,7 +153,7 @@ TEACHER = OpSpec(
     benchmarks=tuple(Case(name, partial(_teacher, shape=shape, want_x0=False)) for name, shape in _CLIPS.items()),
     tolerance=Tolerance(forward=5e-6),
     cost=_teacher_cost,
-    baselines={"eager": reference.teacher_step},
+    baselines={"eager": reference.teacher_step, "randn": partial(reference.teacher_step, draw=reference.randn)},
     kernels=(
         _kernel("guidance_spread_kernel", "cond_ptr uncond_ptr spread_ptr guidance count programs", {"SUMS": 4}),
         _kernel(

@@ -17,7 +17,19 @@ def _rates(tables: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Ten
 def noise_injection(
     x0: Tensor, t: Tensor, tables: Tensor, seed: int, offset: int, want_noise: bool, want_velocity: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    noise = normal_like(x0, seed, offset)
+    return _inject(x0, normal_like(x0, seed, offset), t, tables, want_noise, want_velocity)
+
+
+def randn(
+    x0: Tensor, t: Tensor, tables: Tensor, seed: int, offset: int, want_noise: bool, want_velocity: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with noise of PyTorch's own, whatever seed and offset are."""
+    return _inject(x0, torch.randn_like(x0, dtype=torch.float32), t, tables, want_noise, want_velocity)
+
+
+def _inject(
+    x0: Tensor, noise: Tensor, t: Tensor, tables: Tensor, want_noise: bool, want_velocity: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     a, b, s = _rates(tables, t, x0)
     clean = s * x0.to(a.dtype)
     x_t = (a * clean + b * noise).to(x0.dtype)

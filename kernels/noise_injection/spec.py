@@ -78,7 +78,7 @@ FORWARD = OpSpec(
     benchmarks=tuple(Case(name, partial(_inputs, shape=shape)) for name, shape in _CLIPS.items()),
     tolerance=Tolerance(forward=2e-6, backward=1e-6),
     cost=_cost,
-    baselines={"eager": reference.noise_injection},
+    baselines={"eager": reference.noise_injection, "randn": reference.randn},
     kernels=(
         TritonKernel(
             "noise_injection.triton",
