@@ -13,6 +13,14 @@ def kernels_mode() -> str:
     return mode
 
 
+def process() -> tuple[int, int, int]:
+    """``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as torchrun and accelerate set them; (0, 1, 0) for a lone process."""
+    found = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")]
+    if not all(value.isdecimal() for value in found) or int(found[0]) >= int(found[1]):
+        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK do not fit: {', '.join(found)}")
+    return int(found[0]), int(found[1]), int(found[2])
+
+
 def commit() -> str | None:
     """``FVGEN_COMMIT``: commit to write into results where the checkout has no git history."""
     return os.environ.get("FVGEN_COMMIT") or None

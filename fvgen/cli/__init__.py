@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        print("\nfvgen: interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nfvgen: interrupted; {interrupt or 'nothing was left behind'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `fvgen doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -81,6 +81,32 @@ Figures count only from an otherwise idle GPU. Its settings are never changed; c
 """
 
 
+PREPARE = """\
+examples:
+  fvgen prepare captures --output shards                        for the bundled model, into its 16 frames of 160 x 256
+  fvgen prepare DL3DV-10K --model viewcrafter_512 --clips-per-scene 2 --output shards
+  fvgen prepare captures --output shards --part 3/8             the third of eight shares, for example on the third machine
+  torchrun --nproc-per-node 8 -m fvgen.cli prepare captures --output shards
+  fvgen prepare --output shards --verify                        compare every file with its checksum
+
+FOLDER is searched for captures with known cameras:
+  transforms.json               nerfstudio, instant-ngp, DL3DV-10K (images_4, images_8 are found); depth_file_path is used
+  images and sparse/0           COLMAP, text or binary, undistorted
+  NAME.txt beside a folder NAME RealEstate10K, its frames named by their timestamps
+
+Of each, --clips-per-scene clips are drawn: a stride of 1 to --max-stride and a first frame. The first and last frame give a
+point cloud, which is rendered along the cameras of the clip; renders and photos are encoded with the model. The same command goes
+on after an interruption with the shards that are missing, and ends with the same bytes.
+
+written to --output:
+  clips-00000.safetensors ...   latents, image tokens and cameras of the clips
+  constants.safetensors         text tokens and unconditional context
+  info.json, index.json         settings, chosen clips and versions; sizes and SHA-256 of all files
+  report.md, report.json        how many clips were rejected and why, coverage and PSNR of the others
+  contact_sheet.png             photo, renders and truth of a few clips: look at it before you train
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
@@ -117,6 +143,29 @@ def positive(high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """An argument type: numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not {text!r}")
+        return value
+
+    return parse
+
+
+def part(text: str) -> tuple[int, int]:
+    """``I/N`` with I from 1 to N, to (I - 1, N)."""
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, for example 3/8, not {text!r}")
+    return int(first) - 1, int(of)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -195,6 +244,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _bench(command("bench", "bench", "measure speed, compare with an earlier result, or make a report", BENCH))
 
+    _prepare(command("prepare", "prepare", "clips with cameras to training data", PREPARE))
+
     train = command(
         "train-tiny",
         "train_tiny",
@@ -237,6 +288,57 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder with the true frames to compare with: one per frame in name order, or named as in cameras:FILE",
     )
+
+
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="captures with cameras, at any depth below it")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory of the shards; an unfinished one is continued")
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        metavar="NAME|DIR",
+        help="encodes the clips: tiny (bundled) or a directory (default: tiny)",
+    )
+    parser.add_argument("--frames", type=whole(3, 64), metavar="N", help="frames of a clip (default: the model's)")
+    parser.add_argument("--portrait", action="store_true", help="make upright clips, where the model knows them")
+    parser.add_argument(
+        "--max-stride", type=whole(1, 64), default=4, metavar="N", help="take every 1st to N-th frame of a capture (default: 4)"
+    )
+    parser.add_argument(
+        "--clips-per-scene", type=whole(1, 10**6), default=4, metavar="N", help="different clips tried per capture (default: 4)"
+    )
+    parser.add_argument(
+        "--clips-per-shard", type=whole(1, 10**5), default=32, metavar="N", help="clips tried per file (default: 32)"
+    )
+    parser.add_argument(
+        "--geometry",
+        choices=("auto", "depth", "stereo"),
+        default="auto",
+        help="depth of the end frames from files, stereo, or auto: depth where there is some (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of stored latents (default: float16)"
+    )
+    parser.add_argument("--keep-frames", action="store_true", help="also store the pixels of photos and renders")
+    for option, kind, default, text in (
+        ("--min-coverage", between(0, 1), 0.2, "share of pixels between the end frames that points cover"),
+        ("--min-psnr", between(0, 100), 12.0, "PSNR of the renders on those pixels, dB; below it the geometry is wrong"),
+        ("--min-angle", between(0, 180), 1.0, "angle between the end cameras' views of a point, degrees"),
+    ):
+        parser.add_argument(option, type=kind, default=default, metavar="X", help=f"at least this {text} (default: {default:g})")
+    parser.add_argument(
+        "--max-jump",
+        type=between(1, 1e9),
+        default=8.0,
+        metavar="X",
+        help="reject clips whose camera makes a step longer than X median ones (default: 8)",
+    )
+    parser.add_argument(
+        "--part", type=part, metavar="I/N", help="do the I-th of N shares (default: RANK and WORLD_SIZE, set by torchrun, or all)"
+    )
+    parser.add_argument("--finish", action="store_true", help="only write index and report, after all parts are done")
+    parser.add_argument("--verify", action="store_true", help="only compare a finished --output with its checksums")
+    _common(parser)
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

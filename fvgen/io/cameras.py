@@ -20,18 +20,22 @@ from fvgen.io.images import image_size as size_of_file
 from fvgen.types import Cameras
 from fvgen.utils.errors import UserError
 
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+DISTORTION = ("k1", "k2", "p1", "p2", "k3")  # in OpenCV's order
 
 
 @dataclass(frozen=True)
 class CameraEntry:
-    """One camera of a file: K 3x3 for ``size`` (H, W), or the horizontal angle alone where the file states no size."""
+    """One camera of a file: K 3x3 for ``size`` (H, W), or the horizontal angle alone where the file states no size.
+
+    ``distortion``: k1, k2, p1, p2, k3 as OpenCV defines them, empty for a pinhole.
+    """
 
     name: str
     world_from_cam: np.ndarray
     K: np.ndarray | None
     size: tuple[int, int] | None
     angle_x: float | None = None
+    distortion: tuple[float, ...] = ()
 
 
 def read_cameras(path: str | PathLike[str], image_names: Sequence[str], image_size: tuple[int, int] | None = None) -> Cameras:
@@ -53,8 +57,12 @@ def read_cameras(path: str | PathLike[str], image_names: Sequence[str], image_si
     chosen = [_find(entries, name, path) for name in image_names]
     if image_size is None:
         image_size = _photo_size(image_names, chosen)
-    K = np.stack([_intrinsics(entry, image_size, path) for entry in chosen])
-    poses = np.stack([_checked_pose(entry, path) for entry in chosen])
+    if any(entry.distortion for entry in chosen):
+        raise UserError(
+            f"the cameras in {path} are distorted (k or p is not 0); undistort the photos first (ns-process-data or colmap)"
+        )
+    K = np.stack([intrinsics(entry, image_size, path) for entry in chosen])
+    poses = np.stack([checked_pose(entry, path) for entry in chosen])
     return Cameras(K=torch.from_numpy(K).float(), world_from_cam=torch.from_numpy(poses).float(), image_size=image_size)
 
 
@@ -95,10 +103,11 @@ def _transforms_entry(data: dict[str, Any], frame: dict[str, Any], path: Path) -
     model = str(values.get("camera_model", "PINHOLE"))
     if "FISHEYE" in model or "EQUIRECTANGULAR" in model or values.get("is_fisheye"):
         raise UserError(f"{path} uses the camera model {model}; undistort the photos first (ns-process-data or colmap)")
-    if any(abs(float(values.get(key) or 0.0)) > 1e-12 for key in DISTORTION):
-        raise UserError(
-            f"the cameras in {path} are distorted (k or p is not 0); undistort the photos first (ns-process-data or colmap)"
-        )
+    if abs(float(values.get("k4") or 0.0)) > 1e-12:
+        raise UserError(f"{path} has a distortion k4; undistort the photos first (ns-process-data or colmap)")
+    distortion = tuple(float(values.get(key) or 0.0) for key in DISTORTION)
+    if all(abs(value) <= 1e-12 for value in distortion):
+        distortion = ()
     size = (round(float(values["h"])), round(float(values["w"]))) if values.get("w") and values.get("h") else None
     pose = np.array(values["transform_matrix"], dtype=np.float64)
     if pose.shape == (3, 4):
@@ -112,12 +121,13 @@ def _transforms_entry(data: dict[str, Any], frame: dict[str, Any], path: Path) -
     if focal_x is not None and size is not None:
         focal_y = float(values.get("fl_y") or focal_x)
         cx, cy = float(values.get("cx", size[1] / 2)), float(values.get("cy", size[0] / 2))
-        return CameraEntry(name, world_from_cam, np.array([[float(focal_x), 0, cx], [0, focal_y, cy], [0, 0, 1.0]]), size)
+        K = np.array([[float(focal_x), 0, cx], [0, focal_y, cy], [0, 0, 1.0]])
+        return CameraEntry(name, world_from_cam, K, size, distortion=distortion)
     if focal_x is not None and "cx" in values and "cy" in values:
         raise UserError(f"{path} gives fl_x but no w and h; add the image size the focal length belongs to")
     if angle is None:
         raise UserError(f"{path} gives neither fl_x with w and h nor camera_angle_x; add one of them")
-    return CameraEntry(name, world_from_cam, None, size, float(angle))
+    return CameraEntry(name, world_from_cam, None, size, float(angle), distortion)
 
 
 def _find(entries: list[CameraEntry], name: str, path: str | PathLike[str]) -> CameraEntry:
@@ -168,7 +178,12 @@ def _photo_size(image_names: Sequence[str], chosen: list[CameraEntry]) -> tuple[
     return sizes[0]
 
 
-def _intrinsics(entry: CameraEntry, image_size: tuple[int, int], path: str | PathLike[str]) -> np.ndarray:
+def intrinsics(entry: CameraEntry, image_size: tuple[int, int], path: str | PathLike[str]) -> np.ndarray:
+    """``K`` 3x3 of a camera for its photo resampled to ``image_size`` (H, W); ``path`` is the file to blame.
+
+    Raises:
+        UserError: another aspect than the camera was made for, or an impossible focal length or principal point.
+    """
     height, width = image_size
     if entry.size is not None:
         scale_y, scale_x = height / entry.size[0], width / entry.size[1]
@@ -191,7 +206,8 @@ def _intrinsics(entry: CameraEntry, image_size: tuple[int, int], path: str | Pat
     return K
 
 
-def _checked_pose(entry: CameraEntry, path: str | PathLike[str]) -> np.ndarray:
+def checked_pose(entry: CameraEntry, path: str | PathLike[str]) -> np.ndarray:
+    """``world_from_cam`` 4x4 of a camera with an exact rotation; UserError where it has NaN or is not rigid."""
     pose = entry.world_from_cam
     if not np.isfinite(pose).all():
         raise UserError(f"{path} has a pose with NaN or infinity for {entry.name}; export the cameras again")

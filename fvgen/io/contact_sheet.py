@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,15 +12,22 @@ from torch import Tensor
 
 from fvgen.io.video import to_uint8
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _COLUMNS = 6
 _LABEL = 18
 
 
 def write_contact_sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
+    """Writes the picture of :func:`draw_contact_sheet` as a PNG."""
+    draw_contact_sheet(rows).save(path)
+
+
+def draw_contact_sheet(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Stacks labelled rows of frames; longer rows are thinned out evenly, first and last kept.
 
     Args:
-        path: PNG to write.
         rows: (label, ``[N, 3, H, W]`` in [0, 1]) with one H and W for all rows.
     """
     from PIL import Image, ImageDraw
@@ -40,4 +48,4 @@ def write_contact_sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
     draw = ImageDraw.Draw(image)
     for r, (label, _) in enumerate(rows):
         draw.text((4, r * (height + _LABEL) + 3), label, fill=(0, 0, 0))
-    image.save(path)
+    return image
