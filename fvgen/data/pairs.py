@@ -95,12 +95,13 @@ def build_pair(
     fitted, path = fit(photos.images, photos.cameras, size)
     assert path is not None
     renders = put_photos(_render(points, rgb, path, compositor, torch.device(device)), fitted.rgb[[0, -1]], [0, frames - 1])
-    facts = {"angle_deg": angle, "geometry": scene.quality.estimator, **_agreement(fitted.rgb, renders)}
-    if facts["coverage"] < limits.min_coverage:
-        raise Rejected("too little coverage", f"points cover {facts['coverage']:.1%} of the frames between the ends")
-    if facts["psnr_covered"] < limits.min_psnr:
-        raise Rejected("renders unlike the photos", f"{facts['psnr_covered']:.1f} dB on the covered pixels")
-    return Pair(fitted.rgb, renders, {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()})
+    coverage, psnr = _agreement(fitted.rgb, renders)
+    if coverage < limits.min_coverage:
+        raise Rejected("too little coverage", f"points cover {coverage:.1%} of the frames between the ends")
+    if psnr < limits.min_psnr:
+        raise Rejected("renders unlike the photos", f"{psnr:.1f} dB on the covered pixels")
+    facts = {"coverage": coverage, "psnr_covered": psnr, "angle_deg": angle}
+    return Pair(fitted.rgb, renders, {k: round(v, 4) for k, v in facts.items()} | {"geometry": scene.quality.estimator})
 
 
 def _check_path(centres: Tensor, limits: Limits) -> None:
@@ -157,9 +158,9 @@ def _render(points: Tensor, rgb: Tensor, path: Cameras, compositor: str, device:
     return RenderClip(**joined, cameras=path)
 
 
-def _agreement(truth: Tensor, renders: RenderClip) -> dict[str, float]:
+def _agreement(truth: Tensor, renders: RenderClip) -> tuple[float, float]:
     """Mean coverage of the frames between the ends and PSNR of all their covered pixels together."""
     covered = renders.coverage[1:-1]
     squares = (truth[1:-1] - renders.rgb[1:-1]).double().square().mean(1)[covered]
     error = max(float(squares.mean()), 1e-10) if len(squares) else 1.0
-    return {"coverage": float(covered.float().mean()), "psnr_covered": -10 * math.log10(error)}
+    return float(covered.float().mean()), -10 * math.log10(error)

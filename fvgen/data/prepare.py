@@ -126,15 +126,23 @@ def open_set(folder: Path, output: Path, settings: Settings, versions: dict[str,
     info = output / INFO
     if not info.is_file():
         plan = make_plan(folder, settings, versions, bar)
-        if not output.is_dir() or any(not is_partial(p.name) and p.name != INFO for p in output.iterdir()):
-            check_output(output)
-            output.mkdir(parents=True, exist_ok=True)
+        _make_directory(output)
         write_durably(info, plan.to_json().encode(), keep=True)
     plan = read_plan(output)
     other = [f"{k} {plan.settings.get(k)!r}, not {v!r}" for k, v in wanted.items() if plan.settings.get(k) != v]
     if other:
         raise UserError(f"{output} was begun with {'; '.join(other)}; choose another --output or the same options")
     return plan
+
+
+def _make_directory(output: Path) -> None:
+    """Unless another process has begun the set meanwhile."""
+    if not output.is_dir():
+        check_output(output)
+        output.mkdir(parents=True, exist_ok=True)
+    names = [p.name for p in output.iterdir() if not is_partial(p.name)]
+    if names and INFO not in names:
+        raise UserError(f"{output} holds other files than prepared clips; choose another --output")
 
 
 def read_plan(output: Path) -> Plan:

@@ -65,8 +65,8 @@ def _markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Prepared clips",
         "",
-        f"{counts['written']} of {counts['planned']} clips were written, {counts['rejected']} rejected. {scenes['read']} scenes were"
-        f" read, {scenes['rejected']} scenes gave no clip.",
+        f"{counts['written']} of {counts['planned']} clips were written, {counts['rejected']} rejected."
+        f" {scenes['read']} scenes were read, {scenes['rejected']} scenes gave no clip.",
         "",
     ]
     if report["figures"]:
@@ -78,10 +78,8 @@ def _markdown(report: dict[str, Any]) -> str:
         if reasons:
             lines += [f"| {title} rejected because | number |", "|---|---|", *(f"| {k} | {v} |" for k, v in reasons.items()), ""]
     lines += [f"- {s['scene']}: {s['reason']} ({s['detail']})" for s in report["rejected_scenes"]]
-    lines += [
-        f"- {c['scene']}, frame {c['first']} stride {c['stride']}: {c['reason']} ({c['detail']})"
-        for c in report["rejected_clips"]
-    ]
+    for clip in report["rejected_clips"]:
+        lines.append(f"- {clip['scene']}, frame {clip['first']} stride {clip['stride']}: {clip['reason']} ({clip['detail']})")
     return "\n".join(lines) + "\n"
 
 

@@ -149,8 +149,8 @@ class ShardSet:
         """Clip ``i``.
 
         Returns:
-            ``clean``, ``render`` ``[C, T, h, w]``, ``image_tokens [N, D]``, ``world_from_cam [T, 4, 4]``, ``K [T, 3, 3]`` float32,
-            ``fps`` int64 scalar; ``clean_rgb``, ``render_rgb`` ``[T, 3, H, W]`` uint8 and ``coverage [T, H, W]`` bool if asked for.
+            float32 ``clean``, ``render`` ``[C, T, h, w]``, ``image_tokens [N, D]``, ``world_from_cam [T, 4, 4]``, ``K [T, 3, 3]``
+            and int64 scalar ``fps``; if asked for, uint8 ``clean_rgb``, ``render_rgb`` ``[T, 3, H, W]``, bool ``coverage``.
         """
         number, row = self._place(i)
         shard = self._shard(number)

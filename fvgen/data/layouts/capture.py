@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from fvgen.io.cameras import CameraEntry
@@ -63,7 +62,8 @@ def find_images(root: Path, names: Sequence[str], size: tuple[int, int]) -> list
         for entry in root.iterdir()
         if entry.is_dir() and (match := re.fullmatch(re.escape(top) + r"(_\d+)", entry.name))
     }
-    choices = [[_image(root, path, scale) for path in plain] for scale in sorted(scales)]
+    listings = _Listings(root)
+    choices = [[listings.find(path, scale) for path in plain] for scale in sorted(scales)]
     most = max(sum(p is not None for p in choice) for choice in choices)
     if most == 0:
         return choices[0]
@@ -73,19 +73,20 @@ def find_images(root: Path, names: Sequence[str], size: tuple[int, int]) -> list
     return pick[1]
 
 
-def _image(root: Path, name: PurePosixPath, scale: str) -> Path | None:
-    parts = name.parts
-    folder = root.joinpath(parts[0] + scale, *parts[1:-1]) if len(parts) > 1 else root
-    files = _listing(folder)
-    stem = name.stem if name.suffix.lower() in _SUFFIXES else name.name
-    return files.get(stem)
+class _Listings:
+    """Image files of folders by their names without extension; each folder is listed once."""
 
+    def __init__(self, root: Path) -> None:
+        self._root, self._folders = root, dict[Path, dict[str, Path]]()
 
-@lru_cache(maxsize=64)
-def _listing(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        return {}
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
+    def find(self, name: PurePosixPath, scale: str) -> Path | None:
+        parts = name.parts
+        folder = self._root.joinpath(parts[0] + scale, *parts[1:-1]) if len(parts) > 1 else self._root
+        if folder not in self._folders:
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+            self._folders[folder] = {p.stem: p for p in entries if p.suffix.lower() in _SUFFIXES}
+        stem = name.stem if name.suffix.lower() in _SUFFIXES else name.name
+        return self._folders[folder].get(stem)
 
 
 def _size(files: Sequence[Path | None]) -> tuple[int, int]:

@@ -49,11 +49,11 @@ def realestate_capture(name: str, file: Path, size: tuple[int, int]) -> Capture:
         return Capture(name, "realestate10k", file, (), len(stamps))
     height, width = image_size(first)
     frames = []
-    for stamp, image in zip(stamps, images, strict=True):
+    for time, image in zip(stamps, images, strict=True):
         if image is not None:
-            fx, fy, cx, cy = rows[stamp][:4]
+            fx, fy, cx, cy = rows[time][:4]
             K = np.diag([width, height, 1.0]) @ np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-            camera_from_world = torch.from_numpy(rows[stamp][6:].reshape(3, 4))
+            camera_from_world = torch.from_numpy(rows[time][6:].reshape(3, 4))
             pose = invert_rigid(rigid(camera_from_world[:, :3], camera_from_world[:, 3])).numpy()
-            frames.append(Frame(image, CameraEntry(str(stamp), pose, K, (height, width))))
+            frames.append(Frame(image, CameraEntry(str(time), pose, K, (height, width))))
     return Capture(name, "realestate10k", file, tuple(frames), len(stamps) - len(frames))
