@@ -140,7 +140,7 @@ def _make_directory(output: Path) -> None:
     if not output.is_dir():
         check_output(output)
         output.mkdir(parents=True, exist_ok=True)
-    names = [p.name for p in output.iterdir() if not is_partial(p.name)]
+    names = [p.name for p in output.iterdir() if not is_partial(p)]
     if names and INFO not in names:
         raise UserError(f"{output} holds other files than prepared clips; choose another --output")
 
@@ -290,5 +290,5 @@ def finish_set(output: Path, plan: Plan, bar: Bar = _no_bar) -> dict[str, Any]:
 
 
 def _below(folder: Path, text: str) -> str:
-    """Without the place of the folder, so that a set does not depend on it."""
-    return text.replace(f"{folder}/", "")
+    """One line without the place of the folder, so that a set does not depend on it."""
+    return " ".join(text.replace(f"{folder}/", "").split())

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fvgen.io.durable import is_partial, write_durably
+from fvgen.io.durable import remove_stale, write_durably
 from fvgen.utils.errors import UserError
 
 INFO, INDEX, CONSTANTS = "info.json", "index.json", "constants.safetensors"
@@ -86,7 +86,7 @@ class ShardWriter:
         return [number for number in range(self.count) if not self.done(number)]
 
     def finish(self, progress: Iterable[int] | None = None) -> None:
-        """Writes the index of a complete set and removes what killed processes have left.
+        """Writes the index of a complete set and removes what processes that died long ago have left.
 
         Args:
             progress: ``range(count)``, wrapped as one likes.
@@ -103,9 +103,7 @@ class ShardWriter:
             path = self.directory / shard_name(number)
             shards.append({"clips": _record(path)["count"], **_fingerprint(path)})
         files = [_fingerprint(self.directory / name) for name in (CONSTANTS, INFO)]
-        for path in self.directory.iterdir():
-            if is_partial(path.name):
-                path.unlink(missing_ok=True)
+        remove_stale(self.directory)
         index = {"clips": sum(s["clips"] for s in shards), "shards": shards, "files": files}
         write_durably(self.directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 

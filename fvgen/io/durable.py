@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from fvgen.utils.errors import UserError
 
+STALE_S = 3600
 _MARK = ".partial-"
 
 
@@ -54,6 +56,13 @@ def _link(name: str, path: Path) -> None:
     Path(name).unlink(missing_ok=True)
 
 
-def is_partial(name: str) -> bool:
-    """Whether a file of this name was left by a process that died in :func:`write_durably`."""
-    return name.startswith(".") and _MARK in name
+def is_partial(path: Path) -> bool:
+    """Whether a file is in work in :func:`write_durably`, or was left by a process that died there."""
+    return path.name.startswith(".") and _MARK in path.name
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what dead processes have left: partial files that nobody has touched for ``STALE_S`` seconds."""
+    for path in folder.iterdir():
+        if is_partial(path) and time.time() - path.stat().st_mtime > STALE_S:
+            path.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from fvgen.data.prepare import Plan, read_plan
 from fvgen.data.shards import CLIP_KEYS, KEPT_KEYS, ShardSet, shard_name
 from fvgen.geometry.resize import fit
 from fvgen.io import read_images
+from fvgen.io.durable import is_partial
 from fvgen.models.bundle import ModelBundle
 from fvgen.sampling import ModelSampler
 from fvgen.utils.errors import UserError
@@ -38,7 +39,8 @@ OPTIONS = ("--frames", 4, "--max-stride", 2, "--clips-per-scene", 3, "--clips-pe
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(root.iterdir())}
+    """Of all files but those that a killed process has left in work."""
+    return {p.name: p.read_bytes() for p in sorted(root.iterdir()) if not is_partial(p)}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,7 @@ def test_shares_of_a_launcher(monkeypatch: pytest.MonkeyPatch, fvgen: Run, tmp_p
     assert "RANK" in err
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(prepared: Path, folder: Path, model: str, tmp_path: Path) -> None:
     """SIGKILL while the third shard is in work, a torn shard, and what a killed writer leaves: the second run mends all."""
     output = tmp_path / "set"
@@ -291,6 +294,16 @@ def test_a_capture_that_changed_is_not_silently_rejected(model: str, fvgen: Run,
     status, _, err = fvgen(*command)
     assert status == 2
     assert "had 8 frames" in err
+
+
+def test_interrupted(folder: Path, model: str, fvgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "build_pair", interrupt)
+    status, _, err = fvgen("prepare", folder, "--output", tmp_path / "set", "--model", model, *OPTIONS)
+    assert status == 130
+    assert "finished shards are kept" in err
 
 
 def test_plan_as_text(prepared: Path) -> None:

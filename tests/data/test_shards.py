@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from fvgen.data import shards
 from fvgen.data.shards import CLIP_KEYS, INFO, ShardSet, ShardWriter, shard_name
-from fvgen.io.durable import is_partial, write_durably
+from fvgen.io.durable import STALE_S, is_partial, write_durably
 from fvgen.utils.errors import UserError
 
 COUNTS = (3, 0, 2, 1)  # clips of each shard: one of them lost all
@@ -157,7 +158,7 @@ def test_a_death_while_writing_leaves_the_old_or_the_new_file(tmp_path: Path, mo
         with pytest.raises(Killed):
             write_durably(path, b"new")
     assert path.read_bytes() == b"old"
-    left = [p.name for p in tmp_path.iterdir() if p != path]
+    left = [p for p in tmp_path.iterdir() if p != path]
     assert len(left) == 1
     assert is_partial(left[0])
     write_durably(path, b"new")
@@ -168,7 +169,10 @@ def test_a_death_while_writing_leaves_the_old_or_the_new_file(tmp_path: Path, mo
 
 def test_finishing_removes_what_dead_processes_left(tmp_path: Path) -> None:
     writer = write(tmp_path / "set")
-    (tmp_path / "set" / ".clips-00001.safetensors.partial-abc").write_bytes(b"x")
+    for name, age in (("old", STALE_S + 60), ("new", 0)):
+        path = tmp_path / "set" / f".clips-00001.safetensors.partial-{name}"
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
     writer.finish()
     names = {INFO, "index.json", "constants.safetensors", *map(shard_name, range(4))}
-    assert set(os.listdir(tmp_path / "set")) == names
+    assert set(os.listdir(tmp_path / "set")) == names | {path.name}  # somebody may still be writing the new one
