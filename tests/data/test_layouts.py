@@ -91,6 +91,20 @@ def test_the_smallest_images_that_suffice_are_taken(tmp_path: Path, size: tuple[
     assert {f.image.parent.name for f in only(tmp_path, size).frames} != {folder}
 
 
+def test_images_in_folders_of_their_own(tmp_path: Path) -> None:
+    """A COLMAP model of a rig names ``left/0.png`` and ``right/0.png``."""
+    write_colmap_scene(tmp_path)
+    text = (tmp_path / "sparse" / "0" / "images.txt").read_text()
+    for side, numbers in (("left", (8, 9)), ("right", (10, 11))):
+        (tmp_path / "images" / side).mkdir()
+        for i, number in enumerate(numbers):
+            text = text.replace(f"IMG_{number}.png", f"{side}/{i}.png")
+            (tmp_path / "images" / f"IMG_{number}.png").rename(tmp_path / "images" / side / f"{i}.png")
+    (tmp_path / "sparse" / "0" / "images.txt").write_text(text)
+    files = [f.image.relative_to(tmp_path / "images").as_posix() for f in only(tmp_path).frames]
+    assert files == [*(f"IMG_{i}.png" for i in (12, 13, 14, 15)), "left/0.png", "left/1.png", "right/0.png", "right/1.png"]
+
+
 def test_missing_images_are_counted(tmp_path: Path) -> None:
     write_transforms_scene(tmp_path)
     (tmp_path / "images" / "frame_00003.png").unlink()

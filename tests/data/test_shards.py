@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,21 @@ def test_finishing_removes_what_dead_processes_left(tmp_path: Path) -> None:
     writer.finish()
     names = {INFO, "index.json", "constants.safetensors", *map(shard_name, range(4))}
     assert set(os.listdir(tmp_path / "set")) == names | {path.name}  # somebody may still be writing the new one
+
+
+def test_a_full_disk_and_a_disk_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> Callable[..., None]:
+        def raise_error(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return raise_error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail(errno.ENOSPC))
+        with pytest.raises(UserError, match="the disk is full"):
+            write_durably(tmp_path / "file", b"x")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "link", fail(errno.EPERM))
+    for data in (b"first", b"second"):
+        write_durably(tmp_path / "file", data, keep=True)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"first"]
