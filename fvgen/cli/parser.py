@@ -84,7 +84,7 @@ Figures count only from an otherwise idle GPU. Its settings are never changed; c
 PREPARE = """\
 examples:
   fvgen prepare captures --output shards                        for the bundled model, into its 16 frames of 160 x 256
-  fvgen prepare DL3DV-10K --model viewcrafter_512 --clips-per-scene 2 --output shards
+  fvgen prepare DL3DV-10K --model models/viewcrafter_512 --clips-per-scene 2 --output shards
   fvgen prepare captures --output shards --part 3/8             the third of eight shares, for example on the third machine
   torchrun --nproc-per-node 8 -m fvgen.cli prepare captures --output shards
   fvgen prepare --output shards --verify                        compare every file with its checksum

@@ -31,7 +31,7 @@ CLIP_KEYS = ("clean", "render", "image_tokens", "fps", "world_from_cam", "K")
 KEPT_KEYS = ("clean_rgb", "render_rgb", "coverage")
 PREVIEW = "preview"
 _RECORD = "record"  # the one entry of a shard's metadata: their order is not fixed
-_OPEN = 64  # shards that a reader keeps mapped
+_OPEN = 256  # shards that a reader keeps mapped
 
 
 def shard_name(number: int) -> str:
