@@ -31,6 +31,7 @@ class Tiles(NamedTuple):
     persistent: int = 0
 
 
+FAR = tl.constexpr(32.0)  # Phi(-32) is zero in float32; an infinite gate would make 0 times infinity of it
 GROUP_M = 8  # tiles of rows that go through the channels together, so that their rows of x and the weight stay in the L2 cache
 DEFAULT = Tiles(128, 64, 64, warps=4, stages=3)
 MEASURED: dict[
@@ -53,7 +54,7 @@ def _gelu(b_g, EXACT: tl.constexpr):
     if EXACT:
         b_out = b_g * (0.5 * (1.0 + tl.erf(b_g * 0.7071067811865476)))
     else:
-        b_a = tl.abs(b_g)
+        b_a = tl.minimum(tl.abs(b_g), FAR, propagate_nan=tl.PropagateNan.ALL)
         b_p = -1.760321538313292e-06 * b_a + 6.000193752697669e-05
         b_p = b_p * b_a - 0.0009170437697321177
         b_p = b_p * b_a + 0.008451071567833424

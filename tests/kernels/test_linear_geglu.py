@@ -92,12 +92,12 @@ kernel[(1,)](gate, out, N=4096)
 exact = gate.double() * torch.special.ndtr(gate.double())
 assert ((out - exact).abs() <= 2e-5 * exact.abs()).all(), ((out - exact) / exact).abs().max()
 assert ((out - exact).abs() <= 6e-6 * exact.abs())[gate > -4].all(), ((out - exact) / exact).abs()[gate > -4].max()
-gate = torch.tensor([0.0, 7.0, 20.0, 1e4, 1e20, 1e38, float("nan"), float("nan")])
-for sign in (1, -1):
+gate = torch.tensor([0.0, 7.0, 20.0, 1e4, 1e20, 1e38, float("inf"), float("nan")])
+for sign in (1, -1):  # PyTorch's GELU of -inf is NaN, here it is the limit
     out = torch.empty_like(gate)
     kernel[(1,)](sign * gate, out, N=8)
     expected = torch.nn.functional.relu(sign * gate)
-    assert torch.allclose(out[:6], expected[:6], rtol=0, atol=1e-9) and out[6:].isnan().all(), out
+    assert torch.allclose(out[:7], expected[:7], rtol=0, atol=1e-9) and out[7:].isnan().all(), out
 """
 
 _INTERPRETED = """
@@ -172,6 +172,22 @@ def test_half_precision_on_the_gpu(rows, inner, channels, dtype, monkeypatch):
         found = linear_geglu(*args)
     assert_close(found, plain(*(t.double() for t in args)).to(dtype), 2 * torch.finfo(dtype).eps, "out")
     assert torch.equal(found, linear_geglu(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inner", [8, 7], ids=["descriptors", "pointers"])
+def test_an_infinite_gate_on_the_gpu(inner, dtype, monkeypatch):
+    monkeypatch.setenv("FVGEN_KERNELS", "strict")
+    x, weight, bias = layer((3, inner), 8, dtype, "cuda")
+    bias[8] = torch.inf
+    bias[9] = torch.nan
+    found = linear_geglu(x, weight, bias)
+    expected = plain(x, weight, bias)
+    assert torch.equal(found[:, 0], expected[:, 0])
+    assert found[:, 0].isinf().all()
+    assert found[:, 1].isnan().all()
+    assert found[:, 2:].isfinite().all()
 
 
 @pytest.mark.gpu
