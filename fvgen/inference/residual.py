@@ -21,16 +21,17 @@ class ResidualEngine:
             self.skip = Linear(block.skip.weight.flatten(1), block.skip.bias + block.conv_2.bias, dtype)
         self.temporal = None if block.temporal_conv is None else _TemporalConv(block.temporal_conv, dtype)
 
-    def __call__(self, x: Pending, shift: Tensor, grid: Grid) -> tuple[Pending, Tensor]:
+    def __call__(self, x: Pending, shift: Tensor, grid: Grid, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
         """The block's output and, summed, its input ``[N, R, C_in]``.
 
         Args:
             x: the input.
             shift: ``[C]`` or ``[N, C]``: projected time embedding plus the first convolution's bias.
             grid: what the rows are.
+            skip: further channels of the input, or none.
         """
         frames = x.x.shape[0]
-        h, total = self.norm_1(x, frames)
+        h, total = self.norm_1(x, frames, skip=skip)
         h = self.conv_1(h, grid.height, grid.width)
         h, _ = self.norm_2(Pending(h), frames, shift)
         h = self.conv_2(h, grid.height, grid.width)

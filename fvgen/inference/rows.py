@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_given, group_norm_silu_residual
+from fvgen.kernels.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_given,
+    group_norm_silu_residual,
+    group_norm_silu_skip,
+)
 
 
 class Grid(NamedTuple):
@@ -35,15 +40,10 @@ class Pending(NamedTuple):
 
     def total(self) -> Tensor:
         """The sum ``[N, R, C]``."""
-        plain = self.residual is None and self.bias is None
-        return self.x if plain else self.write(torch.empty_like(self.x))
-
-    def write(self, out: Tensor) -> Tensor:
-        """The sum, written to ``out``, which may be a part of a wider tensor."""
         if self.residual is None:
-            return out.copy_(self.x) if self.bias is None else torch.add(self.x, self.bias, out=out)
-        torch.add(self.x, self.residual, out=out)
-        return out if self.bias is None else out.add_(self.bias)
+            return self.x if self.bias is None else self.x + self.bias
+        total = self.x + self.residual
+        return total if self.bias is None else total.add_(self.bias)
 
 
 class Norm:
@@ -59,17 +59,22 @@ class Norm:
         self.weight, self.bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
 
-    def __call__(self, x: Pending, samples: int, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Pending, samples: int, shift: Tensor | None = None, skip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalised rows and the sum they were made of, both ``[N, R, C]``.
 
         Args:
             x: the sum to be taken.
             samples: N for statistics per frame, B for those of a whole clip.
             shift: ``[C]`` or ``[samples, C]`` added first but left out of the sum that is returned; without a residual only.
+            skip: ``[N, R, C']`` further channels of the sum, for statistics per frame.
         """
         shape, channels = x.x.shape, x.x.shape[2]
         rows = x.x.view(samples, -1, channels)
         options = {"weight": self.weight, "bias": self.bias, "groups": self.groups, "eps": self.eps, "silu": self.silu}
+        if skip is not None:
+            return group_norm_silu_skip(x.x, skip, emb=x.bias, residual=x.residual, **options)
         if x.residual is None:
             total = x.total()
             return group_norm_silu(total.view(rows.shape), emb=shift, **options).view(shape), total

@@ -135,12 +135,12 @@ class UNetEngine:
                 lower, _ = self._leave_up[level](below.total(), smaller)
             h = lower
         for layer in self._up[deepest - level]:
-            h, _ = self._run(layer, _join(h, skips.pop()), given, grid)
+            h, _ = self._run(layer, h, given, grid, skips.pop())
         return h, lower
 
     @staticmethod
-    def _run(layer: _Layer, x: Pending, given: _Given, grid: Grid) -> tuple[Pending, Tensor]:
-        h, total = layer.res(x, given.shifts[layer.shift], grid)
+    def _run(layer: _Layer, x: Pending, given: _Given, grid: Grid, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
+        h, total = layer.res(x, given.shifts[layer.shift], grid, skip)
         if layer.spatial is not None:
             h = layer.spatial(h, given.keys[layer.key])
         return (h if layer.temporal is None else layer.temporal(h, grid)), total
@@ -158,15 +158,6 @@ class UNetEngine:
         weight, bias, conv_bias = (x.detach().to(exact) for x in (*block.embedding.parameters(), block.conv_1.bias))
         self._shifts.append((weight, bias + conv_bias))
         return ResidualEngine(block, self.dtype), len(self._shifts) - 1
-
-
-def _join(x: Pending, skip: Tensor) -> Pending:
-    """The sum and the skip connection side by side."""
-    width = x.x.shape[2]
-    out = skip.new_empty((*skip.shape[:2], width + skip.shape[2]))
-    x.write(out[..., :width])
-    out[..., width:].copy_(skip)
-    return Pending(out)
 
 
 def _padded(conv: torch.nn.Conv2d, dtype: torch.dtype) -> Convolution:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fvgen.kernels.group_norm_silu.spec import group_norm_silu_given_op, group_norm_silu_op
+from fvgen.kernels.group_norm_silu.spec import group_norm_silu_given_op, group_norm_silu_op, group_norm_silu_skip_op
 
-__all__ = ["Normalised", "group_norm_silu", "group_norm_silu_given", "group_norm_silu_residual"]
+__all__ = ["Normalised", "group_norm_silu", "group_norm_silu_given", "group_norm_silu_residual", "group_norm_silu_skip"]
 
 
 class Normalised(NamedTuple):
@@ -68,9 +68,43 @@ def group_norm_silu_residual(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"residual must be like x, {x.dtype} {list(x.shape)}, got {residual.dtype} {list(residual.shape)}")
     return Normalised(*_call(x, residual, weight, bias, groups, eps, silu, emb))
+
+
+def group_norm_silu_skip(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    emb: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Normalised:
+    """:func:`group_norm_silu` of ``x + emb + residual`` and a skip connection side by side. Not differentiable.
+
+    Args:
+        x: ``[N, R, C]``.
+        skip: ``[N, R, C']`` in the dtype of x.
+        weight, bias: ``[C + C']``.
+        groups: divides C + C'; a group may have channels of both.
+        eps, silu: as there.
+        emb: ``[N, C]`` or ``[C]``, added to x alone.
+        residual: ``[N, R, C]`` in the dtype of x, added to x alone.
+
+    Returns:
+        Both ``[N, R, C + C']``; the statistics are those of the sum as it is returned.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    if skip.ndim != 3 or skip.shape[:2] != x.shape[:2] or skip.dtype != x.dtype:
+        raise ValueError(
+            f"skip must have the rows and dtype of x, {x.dtype} {list(x.shape)}, got {skip.dtype} {list(skip.shape)}"
+        )
+    return Normalised(*_call(x, residual, weight, bias, groups, eps, silu, emb, skip))
 
 
 def _call(
@@ -82,18 +116,24 @@ def _call(
     eps: float,
     silu: bool,
     emb: Tensor | None,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"x must have shape [N, R, C] with R > 0, got {list(x.shape)}")
-    n, _, channels = x.shape
+    n, _, own = x.shape
+    channels = own if skip is None else own + skip.shape[2]
     if groups < 1 or channels < 1 or channels % groups:
         raise ValueError(f"{channels} channels do not divide into {groups} groups")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual must be like x, {x.dtype} {list(x.shape)}, got {residual.dtype} {list(residual.shape)}")
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(f"weight and bias must have shape [{channels}], got {list(weight.shape)} and {list(bias.shape)}")
-    if emb is not None and emb.shape not in ((n, channels), (channels,)):
-        raise ValueError(f"emb must have shape [{n}, {channels}] or [{channels}], got {list(emb.shape)}")
-    tensors = [x.new_empty(0) if t is None else t.contiguous() for t in (x, residual, weight, bias, emb)]
-    return group_norm_silu_op(*tensors, groups, eps, silu)[:2]
+    if emb is not None and emb.shape not in ((n, own), (own,)):
+        raise ValueError(f"emb must have shape [{n}, {own}] or [{own}], got {list(emb.shape)}")
+    x, residual, weight, bias, emb = (x.new_empty(0) if t is None else t.contiguous() for t in (x, residual, weight, bias, emb))
+    if skip is not None:
+        return group_norm_silu_skip_op(x, residual, skip.contiguous(), weight, bias, emb, groups, eps, silu)
+    return group_norm_silu_op(x, residual, weight, bias, emb, groups, eps, silu)[:2]
 
 
 def group_norm_silu_given(

@@ -20,6 +20,14 @@ def _added(x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:
     return x + emb.to(dtype).unsqueeze(-2) if emb.numel() else x
 
 
+def beside(x: Tensor, residual: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
+    """x + emb + residual, rounded once, and the skip connection in further channels."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    own = _added(x, emb, compute)
+    own = own + residual.to(compute) if residual.numel() else own
+    return torch.cat([own.to(x.dtype), skip], 2)
+
+
 def group_norm_silu(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, ...]:
@@ -35,6 +43,13 @@ def group_norm_silu(
     z = ((grouped - mean) * rstd).flatten(2) * weight.to(compute) + bias.to(compute)
     out = z * torch.sigmoid(z) if silu else z
     return out.to(x.dtype), stored, mean[:, 0, :, 0].contiguous(), rstd[:, 0, :, 0].contiguous()
+
+
+def group_norm_silu_skip(
+    x: Tensor, residual: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    total, none = beside(x, residual, skip, emb), x.new_empty(0)
+    return group_norm_silu(total, none, weight, bias, none, groups, eps, silu)[0], total
 
 
 def group_norm_silu_given(

@@ -43,6 +43,24 @@ def _given(device: str, dtype: torch.dtype, *, shape: tuple[int, int, int], grou
     return x, torch.stack(rows, dim=1), weight, bias, groups, eps, silu
 
 
+def _beside(
+    device: str,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, int, int],
+    further: int,
+    emb: int = 0,
+    residual: bool = True,
+    groups: int,
+) -> tuple:
+    """Arguments with ``further`` channels of a skip connection."""
+    wide = (*shape[:2], shape[2] + further)
+    _, _, weight, bias, _, *rest = _inputs(device, dtype, shape=wide, groups=groups)
+    skip = _inputs(device, dtype, shape=(*shape[:2], further), groups=1)[0].flip(1).contiguous()
+    x, other, _, _, added, *_ = _inputs(device, dtype, shape=shape, groups=1, emb=emb, residual=residual)
+    return x, other, skip, weight, bias, added, *rest
+
+
 def _gradients(device: str, dtype: torch.dtype, **shape: Any) -> tuple:
     x, residual, weight, bias, emb, groups, eps, silu = _inputs(device, dtype, **shape)
     _, total, mean, rstd = reference.group_norm_silu(x, residual, weight, bias, emb, groups, eps, silu)
@@ -63,6 +81,12 @@ def _fake_backward(
     grad: Tensor, grad_total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, *_: object
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t) for t in (x, weight, bias, emb))
+
+
+def _fake_skip(x: Tensor, residual: Tensor, skip: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    torch._check(x.shape[:2] == skip.shape[:2], lambda: "x [N, R, C] and skip [N, R, C'] must have the same rows")
+    out = x.new_empty((*x.shape[:2], x.shape[2] + skip.shape[2]))
+    return out, torch.empty_like(out)
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -92,6 +116,13 @@ def _backward_cost(grad: Tensor, grad_total: Tensor, x: Tensor, weight: Tensor, 
     return Cost(bytes=elements * x.element_size(), flops=(14 + 10 * rest[-1]) * x.numel() + grad_total.numel())
 
 
+def _skip_cost(x: Tensor, residual: Tensor, skip: Tensor, *rest: Any) -> Cost:
+    elements = x.numel() + skip.numel()
+    return Cost(
+        bytes=(4 * elements + residual.numel()) * x.element_size(), flops=(8 + 5 * rest[-1]) * elements + residual.numel()
+    )
+
+
 def _library(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -101,16 +132,26 @@ def _library(
     return (torch.nn.functional.silu(out) if silu else out).transpose(1, 2), total
 
 
+def _library_skip(
+    x: Tensor, residual: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    own = x + emb.unsqueeze(-2) if emb.numel() else x
+    own = own + residual if residual.numel() else own
+    none = x.new_empty(0)
+    return _library(torch.cat([own, skip], 2), none, weight, bias, none, groups, eps, silu)
+
+
 _TYPES = {
     **dict.fromkeys(("grad_ptr", "x_ptr", "emb_ptr", "weight_ptr", "bias_ptr", "out_ptr", "grad_emb_ptr"), "*bf16"),
-    **dict.fromkeys(("residual_ptr", "total_ptr", "grad_total_ptr"), "*bf16"),
+    **dict.fromkeys(("residual_ptr", "skip_ptr", "total_ptr", "grad_total_ptr"), "*bf16"),
     **dict.fromkeys(("partial_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "sums_ptr"), "*fp32"),
-    **dict.fromkeys(("rows", "channels", "groups", "programs", "samples"), "i32"),
+    **dict.fromkeys(("rows", "own", "channels", "groups", "programs", "samples"), "i32"),
     "eps": "fp32",
 }
 _TILE = {"ROWS": 128, "BLOCK_R": 16, "BLOCK_C": 64}
 _AFFINE = "x_ptr emb_ptr weight_ptr bias_ptr mean_ptr rstd_ptr"
 _SIZES = "rows channels groups"
+_STATISTICS = "x_ptr residual_ptr skip_ptr emb_ptr total_ptr partial_ptr rows own channels programs"
 _FORMS = ({"HAS_RESIDUAL": False, "EMB": 2}, {"HAS_RESIDUAL": True, "EMB": 2})
 _FORMS_BACKWARD = ({"HAS_RESIDUAL": False, "EMB": 2}, {"HAS_RESIDUAL": True, "EMB": 0})  # the stored sum has emb in it
 _WIDTHS = (16, 64)  # 320 and 1280 channels in 32 groups: 10 and 40, rounded up to a power of two
@@ -173,8 +214,8 @@ FORWARD = OpSpec(
         *(
             _kernel(
                 "statistics_kernel",
-                "x_ptr residual_ptr emb_ptr total_ptr partial_ptr rows channels programs",
-                {**_TILE, **form},
+                _STATISTICS,
+                {**_TILE, **form, "SKIP": False},
             )
             for form in _FORMS
         ),
@@ -267,7 +308,42 @@ GIVEN = OpSpec(
     baselines={"eager": reference.group_norm_silu_given},
 )
 
+SKIP = OpSpec(
+    name="group_norm_silu_skip",
+    schema="(Tensor x, Tensor residual, Tensor skip, Tensor weight, Tensor bias, Tensor emb, int groups, float eps, bool silu)"
+    " -> (Tensor, Tensor)",
+    reference=reference.group_norm_silu_skip,
+    fake=_fake_skip,
+    fast=launcher("group_norm_silu.triton", "group_norm_silu_skip"),
+    available=unavailable,
+    supports=lambda *given: unsupported(*given[:6]),
+    cases=(
+        Case("small", partial(_beside, shape=(2, 3, 4), further=2, groups=3, emb=1)),
+        Case("without_residual", partial(_beside, shape=(2, 3, 2), further=6, groups=2, emb=2, residual=False)),
+        Case("across_programs", partial(_beside, shape=(2, 263, 64), further=40, groups=4)),
+        Case("aligned", partial(_beside, shape=(1, 37, 64), further=128, groups=6, emb=1)),
+        Case("aligned_without_residual", partial(_beside, shape=(2, 9, 128), further=72, groups=5, emb=2, residual=False)),
+        Case("empty", partial(_beside, shape=(0, 5, 4), further=4, groups=2)),
+    ),
+    benchmarks=tuple(
+        Case(f"16x320x512_{own}_{further}", partial(_beside, shape=(16, rows, own), further=further, groups=32))
+        for rows, own, further in ((2560, 640, 320), (2560, 320, 320), (640, 640, 640), (160, 1280, 1280), (40, 1280, 1280))
+    ),
+    tolerance=Tolerance(forward=1e-5),
+    cost=_skip_cost,
+    baselines={"eager": reference.group_norm_silu_skip, "library": _library_skip},
+    kernels=tuple(
+        _kernel(
+            "statistics_kernel",
+            _STATISTICS,
+            {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "EMB": emb},
+        )
+        for residual, emb in ((True, 0), (False, 1))
+    ),
+)
+
 group_norm_silu_backward_op = build_op(BACKWARD)
 group_norm_silu_op = build_op(FORWARD)
 group_norm_silu_given_op = build_op(GIVEN)
-SPECS = (FORWARD, BACKWARD, GIVEN)
+group_norm_silu_skip_op = build_op(SKIP)
+SPECS = (FORWARD, BACKWARD, GIVEN, SKIP)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fvgen.kernels.group_norm_silu.reference import ROWS, is_small
+from fvgen.kernels.group_norm_silu.reference import ROWS, beside, is_small
 
 # ROWS rows per program, at least, in tiles of
 BLOCK_R, BLOCK_C = 16, 64
@@ -37,37 +37,53 @@ def _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, residual_ptr, emb_ptr, total_ptr, partial_ptr, rows, channels, programs,
-    HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, residual_ptr, skip_ptr, emb_ptr, total_ptr, partial_ptr, rows, own, channels, programs,
+    HAS_RESIDUAL: tl.constexpr, SKIP: tl.constexpr, EMB: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel over ROWS rows.
 
     Both are taken about the first row, so that a large mean costs no digits, and summed over a tile's rows only at the end, so
-    that nothing is waited for but memory. With a residual the sum is stored on the way; without one the embedding only moves the
-    mean.
+    that nothing is waited for but memory. With a residual, or a skip connection whose channels follow the ``own`` ones of x
+    (whole blocks), the sum is stored on the way; otherwise the embedding only moves the mean.
     """
     i_x = tl.program_id(0).to(tl.int64)
     i_n, i_p = i_x // programs, i_x % programs
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
+    i_row = i_n * rows + i_p * ROWS
     left = tl.minimum(rows - i_p * ROWS, ROWS).to(tl.int32)
     o_r = tl.arange(0, BLOCK_R)
-    p_x = (i_n * rows + i_p * ROWS) * channels + o_c
-    b_pivot = tl.load(x_ptr + p_x, mask=m_c, other=0.0).to(tl.float32)
+    if SKIP:
+        beside = tl.program_id(1) * BLOCK_C >= own
+        source_ptr = tl.where(beside, skip_ptr, x_ptr)
+        stride = tl.where(beside, channels - own, own)
+        m_own = m_c & (o_c < own)
+        p_x = i_row * stride + o_c - tl.where(beside, own, 0)
+    else:
+        source_ptr, stride, m_own = x_ptr, channels, m_c
+        p_x = i_row * channels + o_c
+    b_emb = _embedding(emb_ptr, i_n, o_c, own, m_own, EMB)
+    b_pivot = tl.load(source_ptr + p_x, mask=m_c, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL or SKIP:
+        b_pivot += b_emb
     if HAS_RESIDUAL:
-        b_pivot += b_emb + tl.load(residual_ptr + p_x, mask=m_c, other=0.0).to(tl.float32)
-    o_x = p_x[None, :] + o_r[:, None] * channels
+        b_pivot += tl.load(residual_ptr + p_x, mask=m_own, other=0.0).to(tl.float32)
+    o_x = p_x[None, :] + o_r[:, None] * stride
+    o_total = i_row * channels + o_c[None, :] + o_r[:, None] * channels
     b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     b_square = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for i_r in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=4):
-        m_x = (i_r + o_r < left)[:, None] & m_c[None, :]
-        b_x = tl.load(x_ptr + o_x + i_r * channels, mask=m_x, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
+        m_r = (i_r + o_r < left)[:, None]
+        m_x = m_r & m_c[None, :]
+        b_x = tl.load(source_ptr + o_x + i_r * stride, mask=m_x, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL or SKIP:
             b_x += b_emb[None, :]
-            b_x += tl.load(residual_ptr + o_x + i_r * channels, mask=m_x, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            b_x += tl.load(residual_ptr + o_x + i_r * stride, mask=m_r & m_own[None, :], other=0.0).to(tl.float32)
+        if HAS_RESIDUAL or SKIP:
             b_total = b_x.to(total_ptr.dtype.element_ty)
-            tl.store(total_ptr + o_x + i_r * channels, b_total, mask=m_x)
+            tl.store(total_ptr + o_total + i_r * channels, b_total, mask=m_x)
             b_x = b_total.to(tl.float32)
         b_x = tl.where(m_x, b_x - b_pivot[None, :], 0.0)
         b_sum += b_x
@@ -75,7 +91,7 @@ def statistics_kernel(
     count = left.to(tl.float32)
     b_off = tl.sum(b_sum, 0) / count
     b_mean = b_pivot + b_off
-    if not HAS_RESIDUAL:
+    if not (HAS_RESIDUAL or SKIP):
         b_mean += b_emb
     p_out = partial_ptr + 2 * i_x * channels + o_c
     tl.store(p_out, b_mean, mask=m_c)
@@ -327,15 +343,41 @@ def group_norm_silu(
             SILU=silu, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
         )  # fmt: skip
         return out, total, mean, rstd
+    partial, rows_each = _statistics(x, residual, None, emb, total)
+    summed, added = (total, emb.new_empty(0)) if has_residual else (x, emb)
+    _apply(summed, partial, weight, bias, added, mean, rstd, out, groups, eps, silu, rows_each)
+    return out, total, mean, rstd
+
+
+def group_norm_silu_skip(
+    x: Tensor, residual: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    n, rows, own = x.shape
+    none = x.new_empty(0)
+    if own % BLOCK_C or not x.numel():
+        total = beside(x, residual, skip, emb)
+        return group_norm_silu(total, none, weight, bias, none, groups, eps, silu)[0], total
+    total = x.new_empty((n, rows, own + skip.shape[2]))
+    out = torch.empty_like(total)
+    mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+    partial, rows_each = _statistics(x, residual, skip, emb, total)
+    _apply(total, partial, weight, bias, none, mean, rstd, out, groups, eps, silu, rows_each)
+    return out, total
+
+
+def _statistics(x: Tensor, residual: Tensor, skip: Tensor | None, emb: Tensor, total: Tensor) -> tuple[Tensor, int]:
+    """Partial statistics per block of rows, and the rows of a block; fills total, which is empty where the sum is x + emb."""
+    n, rows, own = x.shape
+    channels = own if skip is None else own + skip.shape[2]
     rows_each = rows_per_program(n * rows, channels)
     programs = triton.cdiv(rows, rows_each)
     partial = x.new_empty((n, programs, 2, channels), dtype=torch.float32)
     statistics_kernel[(n * programs, triton.cdiv(channels, BLOCK_C))](
-        x, residual, emb, total, partial, rows, channels, programs, **options, ROWS=rows_each, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C
+        x, residual, x if skip is None else skip, emb, total, partial, rows, own, channels, programs,
+        HAS_RESIDUAL=residual.numel() > 0, SKIP=skip is not None, EMB=_emb_rows(emb),
+        ROWS=rows_each, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    summed, added = (total, emb.new_empty(0)) if has_residual else (x, emb)
-    _apply(summed, partial, weight, bias, added, mean, rstd, out, groups, eps, silu, rows_each)
-    return out, total, mean, rstd
+    return partial, rows_each
 
 
 def _apply(

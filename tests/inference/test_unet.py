@@ -98,13 +98,33 @@ def test_the_lower_resolutions_can_be_taken_from_an_earlier_call() -> None:
     assert not torch.allclose(other, engine(0.5 * x, shifts, keys)), "the lower ones must not"
 
 
-def test_a_pending_sum_is_written_where_it_is_wanted() -> None:
+def test_a_pending_sum() -> None:
     x, residual, bias = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4)
-    out = torch.zeros(2, 3, 6)
-    Pending(x, residual, bias).write(out[..., :4])
-    assert torch.allclose(out[..., :4], x + residual + bias)
-    assert out[..., 4:].abs().max() == 0
-    assert torch.equal(Pending(x).total(), x)
+    kept = x.clone()
+    for given in ((None, None), (residual, None), (None, bias), (residual, bias)):
+        assert torch.allclose(Pending(x, *given).total(), x + sum(g for g in given if g is not None))
+    assert torch.equal(x, kept)
+
+
+def test_a_skip_connection_is_joined_by_the_norm() -> None:
+    """Nothing is copied or added beside it: the decoder's blocks hand sum and skip connection over as they are."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called: list[str] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    engine = UNetEngine(_network(), torch.float64)
+    x, timesteps, context, fps = _inputs(1, 48)
+    shifts, keys = engine.shifts(timesteps, fps, 3), engine.keys(context, 3)
+    with Note():
+        engine(x, shifts, keys)
+    blocks = sum(len(level) for level in engine._up)
+    assert sum("group_norm_silu_skip" in name for name in called) == blocks
+    assert not [name for name in called if "aten.cat" in name]
 
 
 @pytest.mark.golden

@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fvgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_given, group_norm_silu_residual
+from fvgen.kernels.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_given,
+    group_norm_silu_residual,
+    group_norm_silu_skip,
+)
 
 NAMES = ("x", "weight", "bias", "emb")
 SHAPES = [(2, 1, 32, 8), (3, 7, 40, 5), (2, 130, 32, 8), (1, 1, 8, 1)]
@@ -162,6 +167,38 @@ def test_statistics_of_another_shape_are_refused():
         group_norm_silu_given(torch.zeros(1, 130, 8), torch.zeros(1, 1, 2, 8), torch.ones(8), torch.zeros(8), 2)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("emb", ["none", "shared", "each"])
+def test_a_skip_connection_beside_the_sum(emb, residual):
+    own, further = inputs(3, 7, 8), inputs(3, 7, 12)
+    given = {name: v if v is None else v.detach() for name, v in with_emb(own, emb).items()}
+    skip = further["x"].detach().flip(1)
+    weight, bias = (torch.cat([given[name], further[name].detach()]) for name in ("weight", "bias"))
+    added = other(own).detach() if residual else None
+    found = group_norm_silu_skip(given["x"], skip, weight, bias, 4, emb=given["emb"], residual=added)
+    total = given["x"] + (0 if added is None else added) + (0 if given["emb"] is None else given["emb"].unsqueeze(-2))
+    total = torch.cat([total, skip], 2)
+    torch.testing.assert_close(found.total, total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.out, plain(total, weight, bias, None, 4, True), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skip": torch.zeros(2, 4, 4)}, "skip"),
+        ({"skip": torch.zeros(2, 3, 4).double()}, "skip"),
+        ({"weight": torch.zeros(8)}, "weight"),
+        ({"groups": 5}, "groups"),
+        ({"emb": torch.zeros(12)}, "emb"),
+        ({"residual": torch.zeros(2, 3, 12)}, "residual"),
+    ],
+)
+def test_a_skip_connection_that_does_not_fit_is_named(change, message):
+    given = {"x": torch.zeros(2, 3, 8), "skip": torch.zeros(2, 3, 4), "weight": torch.ones(12), "bias": torch.ones(12)}
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu_skip(**{**given, "groups": 2, **change})
+
+
 _INTERPRETED = """
 import torch
 from fvgen.kernels._testing import assert_close, largest_error, poisoned_memory
@@ -185,6 +222,11 @@ def both(shape, groups, emb=2, residual=False, silu=True):
 
 both((1, 261, 72), 1)
 both((1, 650, 132), 1, residual=True)  # more blocks of rows than one step of the combination takes
+for case in spec.SKIP.cases[1:]:
+    compare(triton.group_norm_silu_skip, reference.group_norm_silu_skip, case.make("cpu", torch.float32), case.name)
+half = spec._beside("cpu", torch.float16, shape=(1, 40, 64), further=56, groups=4, emb=1)
+found, expected = triton.group_norm_silu_skip(*half)[1], reference.group_norm_silu_skip(*half)[1]
+assert torch.equal(found, expected), "the sum is rounded once"
 
 for limit in (reference.SMALL, 0):  # with and without the single pass
     triton.is_small = lambda rows, width, limit=limit: rows * width <= limit
