@@ -11,10 +11,18 @@ from fvgen.distill.networks import Batch, Draws, Networks
 from fvgen.distill.rollout import Process
 
 
-def moments(x0: Tensor) -> dict[str, Tensor]:
-    """Mean and standard deviation of the student's latents: a drift of either comes before visible damage."""
-    x = x0.detach().float()
-    return {"latent_mean": x.mean(), "latent_std": x.std()}
+SATURATED = 4.0  # standard deviations of the real latents; 6e-5 of a normal distribution lie beyond
+
+
+def moments(x0: Tensor, clean: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of the student's latents and of the real ones: a drift comes before visible damage.
+
+    ``saturation`` is the share of the student's latents that lie beyond ``SATURATED`` standard deviations of the real ones.
+    """
+    x, real = x0.detach().float(), clean.float()
+    mean, std = real.mean(), real.std()
+    beyond = ((x - mean).abs() > SATURATED * std).float().mean()
+    return {"latent_mean": x.mean(), "latent_std": x.std(), "real_mean": mean, "real_std": std, "saturation": beyond}
 
 
 def clip_logits(networks: Networks, x: Tensor, t: Tensor, batch: Batch, through_trunk: bool) -> Tensor:
@@ -36,8 +44,12 @@ def adversarial_loss(
 
 def classifier_loss(
     networks: Networks, process: Process, x0: Tensor, batch: Batch, draws: Draws, config: StageOneConfig | MatchingConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logistic loss of the head (eqs. 5 and 7): real and generated clips at the same times, under the same noise."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Logistic loss of the head (eqs. 5 and 7): real and generated clips at the same times, under the same noise.
+
+    Returns:
+        the loss, its statistics, and the logits ``[B]`` of every sample.
+    """
     t = draws.times(config.classifier_span, len(process), x0.shape[0], x0.device)
     seed = draws.seed()
     x_real, x_fake = (process.noise(x, t, seed).x_t for x in (batch.clean.to(x0.dtype), x0))
@@ -51,4 +63,4 @@ def classifier_loss(
         penalty = losses.approximate_r1(real, moved)
         loss = loss + config.r1_weight * penalty
         statistics["r1"] = penalty.detach()
-    return loss, statistics
+    return loss, statistics, {"logit_real": real.detach(), "logit_fake": fake.detach()}

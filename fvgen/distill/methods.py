@@ -66,14 +66,14 @@ class StageOne:
         x0 = student_sample(networks.student, self.process, batch, config.times, config.inputs, draws, gradient=True)
         t = draws.times(config.classifier_span, len(self.process), x0.shape[0], x0.device)
         loss, logit = adversarial_loss(networks, self.process, x0, t, batch, draws)
-        return Update({"student": loss}, {"student_loss": loss.detach(), "logit_fake": logit, **moments(x0)})
+        return Update({"student": loss}, {"student_loss": loss.detach(), "logit_fake": logit, **moments(x0, batch.clean)})
 
     def critic_update(self, networks: Networks, batch: Batch, draws: Draws) -> Update:
         """``L_D`` and, where it has a weight, the approximate R1 penalty."""
         config = self.config
         x0 = student_sample(networks.student, self.process, batch, config.times, config.inputs, draws, gradient=False)
-        loss, statistics = classifier_loss(networks, self.process, x0, batch, draws, config)
-        return Update({"head": loss}, statistics)
+        loss, statistics, samples = classifier_loss(networks, self.process, x0, batch, draws, config)
+        return Update({"head": loss}, {**statistics, **moments(x0, batch.clean)}, samples)
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,13 @@ class DistributionMatching:
     def critic_updates(self) -> int:
         return self.config.critic_updates
 
-    def gradient(self, networks: Networks, x0: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """``g = h(r) (mu_fake - mu_real) / m`` (eq. 8) at ``x0 [B, C, T, h, w]``, in its dtype, and statistics."""
+    def gradient(
+        self, networks: Networks, x0: Tensor, batch: Batch, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """``g = h(r) (mu_fake - mu_real) / m`` (eq. 8) at ``x0 [B, C, T, h, w]``, in its dtype.
+
+        Also its statistics, and the weight h and time ``[B]`` of every sample.
+        """
         assert networks.teacher is not None
         assert networks.fake is not None
         config, condition = self.config, batch.condition
@@ -127,23 +132,24 @@ class DistributionMatching:
             )
             names = ("normaliser", "weight", "difference", "size")
             statistics = {name: getattr(found, name).mean() for name in names}
+            samples = {"weight": found.weight, "time": t}
             if self.weight_mean is None:
-                return found.gradient, statistics
-            return found.gradient / self.weight_mean.update(found.weight), statistics
+                return found.gradient, statistics, samples
+            return found.gradient / self.weight_mean.update(found.weight), statistics, samples
 
     def student_update(self, networks: Networks, batch: Batch, draws: Draws) -> Update:
         """The loss whose gradient is g, and the adversarial one where it has a weight."""
         config = self.config
         x0 = student_sample(networks.student, self.process, batch, config.times, config.inputs, draws, gradient=True)
-        gradient, statistics = self.gradient(networks, x0, batch, draws)
+        gradient, statistics, samples = self.gradient(networks, x0, batch, draws)
         loss = losses.inject_gradient(x0, gradient)
-        statistics = {"student_loss": loss.detach(), **statistics, **moments(x0)}
+        statistics = {"student_loss": loss.detach(), **statistics, **moments(x0, batch.clean)}
         if config.adversarial_weight:
             t = draws.times(config.classifier_span, len(self.process), x0.shape[0], x0.device)
             adversarial, statistics["logit_fake"] = adversarial_loss(networks, self.process, x0, t, batch, draws)
             statistics["adversarial_loss"] = adversarial.detach()
             loss = loss + config.adversarial_weight * adversarial
-        return Update({"student": loss}, statistics)
+        return Update({"student": loss}, statistics, samples)
 
     def critic_update(self, networks: Networks, batch: Batch, draws: Draws) -> Update:
         """The fake score's denoising loss on the student's samples and, where the head is trained, its logistic loss."""
@@ -154,10 +160,10 @@ class DistributionMatching:
         noisy = self.process.noise(x0, t, draws.seed(), want_velocity=True)
         assert noisy.velocity is not None
         parts = {"fake": losses.denoising(networks.fake(noisy.x_t, t, batch.condition), noisy.velocity)}
-        statistics = {"fake_loss": parts["fake"].detach(), **moments(x0)}
+        statistics = {"fake_loss": parts["fake"].detach(), **moments(x0, batch.clean)}
         if "head" in self.trained:
-            parts["head"], more = classifier_loss(networks, self.process, x0, batch, draws, config)
-            statistics |= more
+            parts["head"], more, samples = classifier_loss(networks, self.process, x0, batch, draws, config)
+            return Update(parts, statistics | more, samples)
         return Update(parts, statistics)
 
 
@@ -175,14 +181,14 @@ class OdeRegression:
         """Squared distance between ``G(x_t, t)`` and the end of the trajectory, at one of its states per sample."""
         if batch.ode_states is None or batch.ode_clean is None:
             raise ValueError("the regression needs batches with ode_states and ode_clean")
-        states, times = batch.ode_states, torch.tensor(self.config.times, device=batch.clean.device)
+        states, times = batch.ode_states, self.config.times
         if states.shape[1] != len(times):
             raise ValueError(f"{len(times)} ODE states per clip are needed, one per time of the student, got {states.shape[1]}")
-        pick = draws.choice(self.config.times, states.shape[0], states.device)
+        pick, t = draws.choice(times, states.shape[0], states.device)
         x = states[torch.arange(states.shape[0], device=states.device), pick]
-        x0 = self.process.clean(networks.student, x, times[pick], batch)
+        x0 = self.process.clean(networks.student, x, t, batch)
         loss = losses.regression(x0, batch.ode_clean)
-        return Update({"student": loss}, {"student_loss": loss.detach(), **moments(x0)})
+        return Update({"student": loss}, {"student_loss": loss.detach(), **moments(x0, batch.clean)})
 
     def critic_update(self, networks: Networks, batch: Batch, draws: Draws) -> Update:
         """Not called: ``critic_updates`` is 0."""

@@ -57,10 +57,12 @@ class Update:
         losses: scalar per network that it trains, weights included. Their sum is to be differentiated; the gradients of all
             trained networks must be zeroed before, since the student's loss also reaches the classifier's head.
         statistics: detached scalars for the log.
+        samples: detached values ``[B]`` of every sample, for histograms.
     """
 
     losses: dict[str, Tensor]
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
@@ -88,14 +90,15 @@ class Draws:
         """Of a noise of this rank."""
         return int(torch.randint(2**62, (), generator=self._own))
 
-    def choice(self, values: Sequence[int], batch: int, device: torch.device) -> Tensor:
-        """``[batch]`` int64 indices into ``values``, one per sample."""
-        return torch.randint(len(values), (batch,), generator=self._own).to(device)
+    def choice(self, values: Sequence[int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``[batch]`` int64 indices into ``values``, one per sample, and the values themselves; the host does not wait."""
+        index = torch.randint(len(values), (batch,), generator=self._own)
+        return index.to(device, non_blocking=True), torch.tensor(values)[index].to(device, non_blocking=True)
 
     def times(self, span: tuple[float, float], steps: int, batch: int, device: torch.device) -> Tensor:
         """``[batch]`` int64 times, uniform in ``span`` (fractions of ``steps``; the upper end excluded), one per sample."""
         low, high = round(span[0] * steps), round(span[1] * steps)
-        return torch.randint(low, high, (batch,), generator=self._own).to(device)
+        return torch.randint(low, high, (batch,), generator=self._own).to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """States of both generators."""

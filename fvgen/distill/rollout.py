@@ -74,7 +74,7 @@ def student_sample(
     clean, device = batch.clean, batch.clean.device
     size = clean.shape[0]
     if inputs == "real":
-        t = torch.tensor(times, device=device)[draws.choice(times, size, device)]
+        _, t = draws.choice(times, size, device)
         with torch.set_grad_enabled(gradient):
             return process.clean(student, process.noise(clean, t, draws.seed()).x_t, t, batch)
     # at the first time a = 0, so nothing of the real clips is left

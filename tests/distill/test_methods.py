@@ -66,7 +66,7 @@ def test_critic_sees_real_and_generated_clips_alike():
 def test_stage_two_gradient_by_hand():
     toy, config = Toy(), MatchingConfig(rescale=0.7)
     x0 = torch.randn_like(toy.batch.clean)
-    g, statistics = DistributionMatching(toy.process, config).gradient(toy.networks, x0, toy.batch, draws())
+    g, statistics, _ = DistributionMatching(toy.process, config).gradient(toy.networks, x0, toy.batch, draws())
     x, t, _ = toy.teacher.seen[0]
     assert ((t >= 20) & (t < 980)).all()
     cond, condition = toy.teacher(x, t, toy.batch.condition), toy.batch.condition

@@ -52,7 +52,7 @@ def test_the_normaliser_cannot_be_zero():
     toy = Toy()
     toy.networks = dataclasses.replace(toy.networks, teacher=lambda x, t, c: exact_velocity(toy, x, t))
     x0 = torch.zeros_like(toy.batch.clean)
-    g, statistics = matching(toy, guidance=1.0).gradient(toy.networks, x0, toy.batch, Draws(0, 1))
+    g, statistics, _ = matching(toy, guidance=1.0).gradient(toy.networks, x0, toy.batch, Draws(0, 1))
     assert g.isfinite().all()
     assert statistics["normaliser"] >= 1e-6
 

@@ -1,0 +1,50 @@
+"""Running average of the student's weights, float32, in whatever pieces the student itself is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's piece of a tensor that is sharded over ranks; any other tensor itself."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters, with a shorter memory at the start.
+
+    Attributes:
+        tensors: the averages by parameter name, sharded as the parameters are.
+        updates: how often they were updated.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._averages, self._weights = self._pieces(module)
+
+    def _pieces(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        return [local(x) for x in self.tensors.values()], [local(p.detach()) for p in module.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the module's weights as they are now."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module computes with the averages inside the block."""
+        kept = [w.clone() for w in self._weights]
+        with torch.no_grad():
+            torch._foreach_copy_(self._weights, self._averages)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, kept)

@@ -1,0 +1,101 @@
+"""The settings of a training run, and what the presets start from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fvgen.distill.classifier import ClassifierConfig
+from fvgen.distill.configs import STUDENT_TIMES
+from fvgen.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides what a run computes.
+
+    Attributes:
+        recipe: preset of the teacher.
+        run: a name of :data:`fvgen.distill.comparison.RUNS`.
+        stages: which of the run's methods are trained, counted from 1.
+        iterations: student updates per trained stage.
+        batch: clips per update, over all GPUs.
+        micro_batch: clips per forward call. ``batch / micro_batch`` calls are dealt out to the GPUs; each draws its own random
+            numbers, so the number of GPUs changes nothing but the order of additions.
+        lr, betas, weight_decay: of AdamW, for every network.
+        warmup: iterations over which the learning rate rises from 0.
+        clip_norm: bound of each network's gradient norm.
+        ema: decay of the student's running average.
+        guidance, rescale: of the teacher in stage 2 and on its trajectories.
+        normalise_weight: divide h by its running mean.
+        times: the student's time steps.
+        head: size of the classifier's head; its input channels are the teacher's.
+        checkpointing: keep only layer inputs for the backward pass and compute the rest again.
+        graphs: replay network calls as CUDA graphs (small networks are otherwise bound by launching their kernels).
+        teacher_dtype: stored precision of the frozen teacher, "float32" or "bfloat16".
+        trajectories: number of the teacher's trajectories that a regression trains on.
+        trajectory_steps: DDIM steps of each.
+        seed: of weights, order and noise.
+    """
+
+    recipe: str
+    run: str = "fvgen"
+    stages: tuple[int, ...] = (1, 2)
+    iterations: tuple[int, ...] = (4000, 5000)
+    batch: int = 4
+    micro_batch: int = 1
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 100
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    guidance: float = 7.5
+    rescale: float = 0.0
+    normalise_weight: bool = False
+    times: tuple[int, ...] = STUDENT_TIMES
+    head: ClassifierConfig = ClassifierConfig()
+    checkpointing: bool = False
+    graphs: bool = False
+    teacher_dtype: str = "float32"
+    trajectories: int = 1024
+    trajectory_steps: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch % self.micro_batch:
+            raise UserError(f"a batch of {self.batch} cannot be cut into pieces of {self.micro_batch}; choose a divisor")
+        if self.checkpointing and self.graphs:
+            raise UserError("CUDA graphs and activation checkpointing exclude each other; leave one of them out")
+
+    @property
+    def lanes(self) -> int:
+        """Forward calls per update, over all GPUs."""
+        return self.batch // self.micro_batch
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+# What may differ when a run is continued: how its work is dealt out and how long it lasts, not what it computes.
+MAY_CHANGE = ("iterations", "micro_batch", "checkpointing", "graphs")
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings that a continued run would have to keep, and does not."""
+    return sorted(k for k in {*before, *now} - set(MAY_CHANGE) if before.get(k) != now.get(k))
+
+
+def default_settings(recipe: str) -> TrainSettings:
+    """What a preset is trained with unless told otherwise.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    full = TrainSettings(recipe, checkpointing=True, teacher_dtype="bfloat16")
+    small = TrainSettings(recipe, batch=8, micro_batch=8, guidance=1.0, head=ClassifierConfig(width=64, groups=16), graphs=True)
+    known = {"tiny": small, "viewcrafter_512": full, "viewcrafter_1024": replace(full)}
+    if recipe not in known:
+        raise UserError(f"there is no recipe {recipe!r}; choose one of {', '.join(known)}")
+    return known[recipe]
