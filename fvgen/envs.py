@@ -24,3 +24,17 @@ def process() -> tuple[int, int, int]:
 def commit() -> str | None:
     """``FVGEN_COMMIT``: commit to write into results where the checkout has no git history."""
     return os.environ.get("FVGEN_COMMIT") or None
+
+
+def launched_ranks() -> tuple[int, int, int] | None:
+    """``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` of a launcher such as torchrun; None without one."""
+    names = ("RANK", "WORLD_SIZE")
+    if not all(os.environ.get(name) for name in names):
+        return None
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank, int(os.environ.get("LOCAL_RANK", str(rank))), world
+
+
+def repeatable_cublas() -> None:
+    """Sets ``CUBLAS_WORKSPACE_CONFIG``, without which cuBLAS may add in another order from run to run; before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -10,7 +10,6 @@ from fvgen.distill.configs import MatchingConfig, StageOneConfig
 from fvgen.distill.networks import Batch, Draws, Networks
 from fvgen.distill.rollout import Process
 
-
 SATURATED = 4.0  # standard deviations of the real latents; 6e-5 of a normal distribution lie beyond
 
 

@@ -25,26 +25,28 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
-        self._averages, self._weights = self._pieces(module)
+        self._module = module
 
-    def _pieces(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(x) for x in self.tensors.values()], [local(p.detach()) for p in module.parameters()]
+    def _pieces(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [local(x) for x in self.tensors.values()], [local(p.detach()) for p in self._module.parameters()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the module's weights as they are now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        averages, weights = self._pieces()
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The module computes with the averages inside the block."""
-        kept = [w.clone() for w in self._weights]
+        averages, weights = self._pieces()
+        kept = [w.clone() for w in weights]
         with torch.no_grad():
-            torch._foreach_copy_(self._weights, self._averages)
+            torch._foreach_copy_(weights, averages)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._weights, kept)
+                torch._foreach_copy_(weights, kept)

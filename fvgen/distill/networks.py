@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -68,6 +69,12 @@ class Update:
     def total(self) -> Tensor:
         """Sum of the losses."""
         return torch.stack(list(self.losses.values())).sum()
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed of 62 bits for one purpose, made of a run's seed and whatever tells the purposes apart."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
 
 
 class Draws:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fvgen.distill.classifier import ClassifierConfig
@@ -32,6 +32,7 @@ class TrainSettings:
         head: size of the classifier's head; its input channels are the teacher's.
         checkpointing: keep only layer inputs for the backward pass and compute the rest again.
         graphs: replay network calls as CUDA graphs (small networks are otherwise bound by launching their kernels).
+        repeatable: only algorithms whose additions have a fixed order; some are slower on a GPU.
         teacher_dtype: stored precision of the frozen teacher, "float32" or "bfloat16".
         trajectories: number of the teacher's trajectories that a regression trains on.
         trajectory_steps: DDIM steps of each.
@@ -57,6 +58,7 @@ class TrainSettings:
     head: ClassifierConfig = ClassifierConfig()
     checkpointing: bool = False
     graphs: bool = False
+    repeatable: bool = True
     teacher_dtype: str = "float32"
     trajectories: int = 1024
     trajectory_steps: int = 20
@@ -78,8 +80,24 @@ class TrainSettings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Cadence:
+    """How often, in iterations.
+
+    Attributes:
+        log: statistics are fetched from the device, shown and judged by the guards.
+        checkpoint, keep: a checkpoint is written; so many of the newest stay.
+        validate: validation clips are generated; 0 for never.
+    """
+
+    log: int = 20
+    checkpoint: int = 500
+    keep: int = 3
+    validate: int = 500
+
+
 # What may differ when a run is continued: how its work is dealt out and how long it lasts, not what it computes.
-MAY_CHANGE = ("iterations", "micro_batch", "checkpointing", "graphs")
+MAY_CHANGE = ("iterations", "micro_batch", "checkpointing", "graphs", "repeatable")
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -95,7 +113,7 @@ def default_settings(recipe: str) -> TrainSettings:
     """
     full = TrainSettings(recipe, checkpointing=True, teacher_dtype="bfloat16")
     small = TrainSettings(recipe, batch=8, micro_batch=8, guidance=1.0, head=ClassifierConfig(width=64, groups=16), graphs=True)
-    known = {"tiny": small, "viewcrafter_512": full, "viewcrafter_1024": replace(full)}
+    known = {"tiny": small, "viewcrafter_512": full, "viewcrafter_1024": full}
     if recipe not in known:
         raise UserError(f"there is no recipe {recipe!r}; choose one of {', '.join(known)}")
     return known[recipe]

@@ -1,0 +1,188 @@
+"""What a run leaves in its folder: ``losses.jsonl`` always, TensorBoard and Weights & Biases where installed, a progress line.
+
+Statistics stay on the device until :meth:`History.collect` fetches all of them at once: reading one number per update would make
+the host wait for the GPU each time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvgen.distill.calibration import calibration, calibration_table, weight_histogram
+from fvgen.distill.guards import Record
+from fvgen.distill.parallel import Parallel
+
+LOSSES = "losses.jsonl"  # one line per update; depends on the seed alone, so that two runs can be compared bit for bit
+PROGRESS = "progress.jsonl"  # what depends on the machine, and the histograms
+
+
+class History:
+    """Statistics of the updates since the last :meth:`collect`, still on the device."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Record, tuple[str, ...], Tensor]] = []
+        self._samples: list[dict[str, Tensor]] = []
+
+    def add(self, where: Record, statistics: dict[str, Tensor], samples: Sequence[dict[str, Tensor]]) -> None:
+        """One update: what and when, its scalars, and the values of its samples."""
+        values = torch.stack([v.detach().float().reshape(()) for v in statistics.values()])
+        self._rows.append((where, tuple(statistics), values))
+        self._samples.extend(samples)
+
+    def collect(self, parallel: Parallel) -> tuple[list[Record], dict[str, Tensor]]:
+        """Records in order, means over all ranks; and on the CPU the samples' values, those of this rank."""
+        if not self._rows:
+            return [], {}
+        values = parallel.mean(torch.cat([v for _, _, v in self._rows])).tolist()
+        records = []
+        for where, names, _ in self._rows:
+            records.append({**where, **dict(zip(names, values, strict=False))})
+            values = values[len(names) :]
+        names = {name for row in self._samples for name in row}
+        samples = {name: torch.cat([row[name] for row in self._samples if name in row]).float().cpu() for name in sorted(names)}
+        self._rows, self._samples = [], []
+        return records, samples
+
+
+def keep_before(path: Path, stage: int, update: int) -> None:
+    """Drops the records of this and later updates, and a last line that was cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if (record["stage"], record["step"]) >= (stage, update):
+            break
+        kept.append(f"{line}\n")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
+
+
+class RunLog:
+    """The logs of one run.
+
+    Args:
+        folder: of the run.
+        write: whether this process writes; others keep silent.
+        wandb: also log to Weights & Biases.
+        config: shown there.
+    """
+
+    def __init__(self, folder: Path, write: bool, wandb: bool = False, config: dict[str, Any] | None = None) -> None:
+        self._folder, self._write = folder, write
+        self._board: Any = None
+        self._wandb: Any = None
+        self._bar: Any = None
+        if not write:
+            return
+        if importlib.util.find_spec("tensorboard") is None:
+            print("fvgen: tensorboard is not installed (pip install tensorboard); the log is losses.jsonl alone", file=sys.stderr)
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        if wandb:
+            import wandb as library  # its absence was told before the run began
+
+            self._wandb = library.init(
+                project="fvgen", name=folder.name, dir=str(folder), config=config, resume="allow", id=folder.name
+            )
+
+    def begin(self, stage: int, update: int, iteration: int, iterations: int) -> None:
+        """A stage begins or goes on at this update."""
+        if not self._write:
+            return
+        keep_before(self._folder / LOSSES, stage, update)
+        if self._bar is not None:
+            self._bar.close()
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=iterations, initial=iteration, desc=f"stage {stage}", unit="it", dynamic_ncols=True, mininterval=1.0
+        )
+
+    def tick(self) -> None:
+        """An iteration is over."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, records: Sequence[Record], samples: dict[str, Tensor], facts: dict[str, float]) -> None:
+        """Appends the records; shows their means, the histograms and ``facts`` of speed and memory."""
+        if not self._write or not records:
+            return
+        with (self._folder / LOSSES).open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in records)
+        last = records[-1]
+        step = last["iteration"]
+        means = {f"stage{last['stage']}/{k}": v for k, v in _means(records).items()} | {f"run/{k}": v for k, v in facts.items()}
+        self.scalars(means, step)
+        if self._bar is not None:
+            shown = {k.rpartition("/")[2]: f"{v:.3g}" for k, v in means.items() if k.endswith("_loss")}
+            self._bar.set_postfix(shown, refresh=False)
+        self._histograms({"stage": last["stage"], "iteration": step, **facts}, samples)
+
+    def _histograms(self, line: dict[str, Any], samples: dict[str, Tensor]) -> None:
+        """Calibration of the ratio and weights over time, to ``progress.jsonl`` and TensorBoard."""
+        step = line["iteration"]
+        if "logit_real" in samples:
+            bins = calibration(samples["logit_real"], samples["logit_fake"])
+            line["calibration"] = [asdict(b) for b in bins]
+            if self._board is not None:
+                self._board.add_text("calibration", calibration_table(bins), step)
+                for name in ("logit_real", "logit_fake"):
+                    self._board.add_histogram(name, samples[name], step)
+        if "weight" in samples:
+            parts = weight_histogram(samples["weight"], samples["time"])
+            line["weights"] = {f"{low}-{high}": torch.histc(w, 10, 0, float(w.max())).int().tolist() for low, high, w in parts}
+            if self._board is not None:
+                for low, high, weights in parts:
+                    self._board.add_histogram(f"weight/t{low}-{high}", weights, step)
+        with (self._folder / PROGRESS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Curves for TensorBoard and Weights & Biases."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**values, "iteration": step})
+
+    def say(self, text: str) -> None:
+        """A sentence that does not disturb the progress line."""
+        if self._write:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends all logs."""
+        for part in (self._bar, self._board):
+            if part is not None:
+                part.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _means(records: Sequence[Record]) -> dict[str, float]:
+    """Means of every number, under the kind of update it belongs to."""
+    sums: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, float):
+                sums.setdefault(f"{record['update']}/{name}", []).append(value)
+    return {name: sum(v) / len(v) for name, v in sums.items()}

@@ -1,0 +1,156 @@
+"""One process, or several under torchrun: each with a whole copy of the networks, or with its share of them (FSDP2).
+
+Gradients are averaged by hand once per update rather than by a wrapper around each forward call: a network is called several
+times per update, with and without a gradient, and only the sum of what those calls left is to be averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fvgen import envs
+from fvgen.utils.errors import UserError
+
+LAYOUTS = ("replicate", "shard")
+TIMEOUT = timedelta(minutes=20)  # longer than the slowest thing a rank does alone: its first clips, a checkpoint
+_BUCKET = 2**26  # elements averaged in one message
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether a tensor is held in pieces by several ranks."""
+    return hasattr(x, "full_tensor")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among its equals.
+
+    Attributes:
+        rank, world: number of this process, and how many there are.
+        device: where it computes.
+        mesh: the ranks that share the trained networks, None where each has a whole copy.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: Any = None
+
+    @staticmethod
+    def start(device: str, layout: str = "replicate") -> Parallel:
+        """Joins the processes that a launcher (torchrun, accelerate launch) started, or stays alone without one.
+
+        Args:
+            device: "cpu" or "cuda"; with a launcher, each process takes the GPU of its local rank.
+            layout: one of ``LAYOUTS``.
+
+        Raises:
+            UserError: unknown layout, more processes than GPUs, or GPUs without a launcher's processes to share them.
+        """
+        if layout not in LAYOUTS:
+            raise UserError(f"the layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        launched = envs.launched_ranks()
+        if launched is None:
+            if layout == "shard":
+                raise UserError(
+                    "sharding needs several processes; start it with torchrun --nproc-per-node N -m fvgen.cli distill ..."
+                )
+            return Parallel(0, 1, torch.device(device))
+        rank, local_rank, world = launched
+        if device.startswith("cuda"):
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start fewer"
+                )
+            where = torch.device("cuda", local_rank)
+            torch.cuda.set_device(where)
+        else:
+            where = torch.device("cpu")
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+        mesh = dist.device_mesh.init_device_mesh(where.type, (world,)) if layout == "shard" else None
+        return Parallel(rank, world, where, mesh)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def share(self, module: nn.Module) -> nn.Module:
+        """Cuts a trained network in pieces, where that is asked for: layer by layer, so that one layer at a time is whole.
+
+        The pieces are float32 and are gathered as such. Autocast chooses the precision of the arithmetic, as on a single GPU; a
+        policy with a dtype of its own would round norms differently and depend on what was frozen at the first call.
+        """
+        if self.mesh is None:
+            return module
+        from torch.distributed.fsdp import fully_shard
+
+        names = getattr(module, "_no_split_modules", None) or ()
+        for part in module.modules():
+            if type(part).__name__ in names:
+                fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
+        # also the outermost: calls without a gradient would otherwise leave it whole, and stale after the next step
+        return fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Means over the ranks, in place; what is sharded was averaged by its backward pass."""
+        gradients = [p.grad for p in parameters if p.grad is not None and not sharded(p)]
+        if self.world == 1 or not gradients:
+            return
+        bucket: list[Tensor] = []
+        for i, g in enumerate(gradients):
+            bucket.append(g)
+            if i + 1 == len(gradients) or sum(b.numel() for b in bucket) + gradients[i + 1].numel() > _BUCKET:
+                flat = torch.cat([b.flatten() for b in bucket])
+                self.mean(flat)
+                torch._foreach_copy_(
+                    bucket, [x.view_as(b) for x, b in zip(flat.split([b.numel() for b in bucket]), bucket, strict=True)]
+                )
+                bucket = []
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+            x /= self.world
+        return x
+
+    def agree(self, value: bool) -> bool:
+        """What the first rank says: decisions that depend on the clock must be alike everywhere."""
+        if self.world == 1:
+            return value
+        flag = torch.tensor([float(value)], device=self.device)
+        dist.broadcast(flag, 0)
+        return bool(flag.item())
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.world > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def stop(self) -> None:
+        """Leaves the group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor of a sharded one; every rank must ask."""
+    return x.full_tensor() if sharded(x) else x  # type: ignore[operator]
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Copies a full tensor into one that may be sharded; every rank takes its own piece, without communication."""
+    if sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    target.copy_(value)

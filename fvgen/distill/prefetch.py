@@ -1,0 +1,71 @@
+"""Prepares the next batches in a thread of its own, on a CUDA stream of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fvgen.distill.data import batch_tensors
+from fvgen.distill.graphs import RECORDING
+from fvgen.distill.networks import Batch
+
+
+class Prefetcher:
+    """``read(first)``, ``read(first + 1)``, ... in this order, ``depth`` of them ahead.
+
+    Args:
+        read: makes a batch; called in the thread only.
+        first: its first argument.
+        device: of the batches.
+        depth: batches that wait to be fetched.
+    """
+
+    def __init__(self, read: Callable[[int], Batch], first: int, device: torch.device, depth: int = 2) -> None:
+        self._read, self._device = read, device
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(first,), name="fvgen-data", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        """The next batch; an error of the thread is raised here."""
+        found = self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        batch, ready = found
+        if ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(ready)
+            for x in batch_tensors(batch):
+                x.record_stream(stream)  # its memory may be reused only once this stream is past it
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _work(self, number: int) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+                stream = torch.cuda.Stream(self._device)
+            while not self._closed.is_set():
+                with RECORDING:
+                    if self._device.type == "cuda":
+                        with torch.cuda.stream(stream):
+                            found = self._read(number), stream.record_event()
+                    else:
+                        found = self._read(number), None
+                self._queue.put(found)
+                number += 1
+        except BaseException as error:
+            self._queue.put(error)

@@ -1,0 +1,97 @@
+"""The networks of a method: copies of the teacher where it says so, in the precision and layout of the run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fvgen.diffusion.predict import PredictV, unet_predictor
+from fvgen.distill.checkpoint import module_tensors, restore
+from fvgen.distill.classifier import ClassifierHead, unet_trunk
+from fvgen.distill.graphs import GraphedCall
+from fvgen.distill.methods import Method
+from fvgen.distill.networks import Networks, derived_seed
+from fvgen.distill.parallel import Parallel
+from fvgen.distill.settings import TrainSettings
+from fvgen.models.bundle import ModelBundle
+from fvgen.models.unet import VideoUNet
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The networks of one stage.
+
+    Attributes:
+        networks: as the method calls them.
+        trained: the modules that it trains, by name, the student first; float32.
+        sampler: the student as the validation calls it, for any shape.
+    """
+
+    networks: Networks
+    trained: dict[str, nn.Module]
+    sampler: PredictV
+
+
+def middle_channels(unet: VideoUNet) -> int:
+    """Channels of the features that the classifier looks at."""
+    config = unet.config
+    return round(config.model_channels * config.channel_mult[-1])
+
+
+def build_roles(
+    bundle: ModelBundle,
+    method: Method,
+    settings: TrainSettings,
+    parallel: Parallel,
+    start: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Roles:
+    """Student and fake score as copies of the teacher, a fresh head, and the frozen teacher itself.
+
+    Args:
+        bundle: the teacher's model, anywhere; its UNet stays as it is.
+        method: says which networks are trained.
+        settings: precision, graphs and checkpointing.
+        parallel: devices and layout.
+        start: full tensors of networks that do not start from the teacher, for example ``{"student": ..., "head": ...}``.
+    """
+    device = parallel.device
+    autocast = torch.bfloat16 if device.type == "cuda" else None
+    teacher = _frozen(bundle.unet, getattr(torch, settings.teacher_dtype) if device.type == "cuda" else torch.float32, device)
+    trained: dict[str, nn.Module] = {}
+    for name in method.trained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(settings.seed, name) % 2**63)
+            module = _head(bundle, settings) if name == "head" else copy.deepcopy(bundle.unet).float()
+        module = nn.Module.to(module, device).requires_grad_(True).train()
+        if settings.checkpointing and name != "head":
+            module.enable_gradient_checkpointing()
+        if start and name in start:
+            restore(module_tensors(module), start[name], name)
+        trained[name] = parallel.share(module) if name != "head" else module
+    graphs = settings.graphs and device.type == "cuda" and parallel.mesh is None
+
+    def call(module: nn.Module, function: PredictV) -> PredictV:
+        return GraphedCall(module, function) if graphs else function
+
+    student = trained["student"]
+    networks = Networks(
+        student=call(student, unet_predictor(student, autocast)),
+        teacher=call(teacher, unet_predictor(teacher, autocast)),
+        fake=call(trained["fake"], unet_predictor(trained["fake"], autocast)) if "fake" in trained else None,
+        trunk=call(teacher, unet_trunk(teacher, autocast)) if "head" in trained else None,
+        head=trained.get("head"),
+    )
+    return Roles(networks, trained, unet_predictor(student, autocast))
+
+
+def _frozen(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
+    """A copy for this device; whole on every rank, since its trunk is called without its outermost ``forward``."""
+    return nn.Module.to(copy.deepcopy(unet), device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+def _head(bundle: ModelBundle, settings: TrainSettings) -> ClassifierHead:
+    return ClassifierHead(replace(settings.head, in_channels=middle_channels(bundle.unet)))
