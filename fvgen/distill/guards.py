@@ -34,7 +34,7 @@ class GuardLimits:
 
     window: int = 50
     mean_shift: float = 0.5
-    std_ratio: float = 1.6
+    std_ratio: float = 2.0
     saturation: float = 0.05
     logit_gap: float = 16.0
 
@@ -95,5 +95,5 @@ class Guards:
         if gap is not None and gap > self._limits.logit_gap:
             raise TrainingStopped(
                 f"the classifier tells real from generated clips with a logit gap of {gap:.1f} (limit "
-                f"{self._limits.logit_gap:g}) at {where}: its ratio has collapsed; lower its learning rate or its number of updates"
+                f"{self._limits.logit_gap:g}) at {where}: its ratio has collapsed; lower --lr or update it less often"
             )

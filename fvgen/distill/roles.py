@@ -28,12 +28,13 @@ class Roles:
     Attributes:
         networks: as the method calls them.
         trained: the modules that it trains, by name, the student first; float32.
-        sampler: the student as the validation calls it, for any shape.
+        sampler, teacher: student and teacher for other shapes and threads than those of the updates.
     """
 
     networks: Networks
     trained: dict[str, nn.Module]
     sampler: PredictV
+    teacher: PredictV
 
 
 def middle_channels(unet: VideoUNet) -> int:
@@ -85,7 +86,7 @@ def build_roles(
         trunk=call(teacher, unet_trunk(teacher, autocast)) if "head" in trained else None,
         head=trained.get("head"),
     )
-    return Roles(networks, trained, unet_predictor(student, autocast))
+    return Roles(networks, trained, unet_predictor(student, autocast), unet_predictor(teacher, autocast))
 
 
 def _frozen(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:

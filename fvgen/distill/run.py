@@ -14,13 +14,13 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fvgen.diffusion.predict import unet_predictor
+from fvgen.diffusion.predict import PredictV
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
 from fvgen.distill.comparison import make_run
@@ -65,10 +65,10 @@ class RunOptions:
     teacher: str
     data: str = "synthetic"
     start: Path | None = None
-    cadence: Cadence = Cadence()
+    cadence: Cadence = field(default_factory=Cadence)
     minutes: float | None = None
     validation_clips: int = 4
-    reuse: Reuse = Reuse()
+    reuse: Reuse = field(default_factory=Reuse)
     wandb: bool = False
     compile: bool = False
 
@@ -91,7 +91,7 @@ def distill(
     Args:
         settings: what is computed.
         options: where, how long, and what is left behind.
-        bundle: the teacher's model; it is moved to the device of ``parallel``.
+        bundle: the teacher's model; all of it but the UNet is moved to the device of ``parallel``.
         parallel: the processes.
         guards: makes the guards of a stage.
 
@@ -106,9 +106,10 @@ def distill(
         checkpoint.clean_up(root)
         (output / STOPPED).unlink(missing_ok=True)
     parallel.wait()
-    bundle.to(parallel.device)
-    for part in (bundle.vae, bundle.image_encoder, bundle.image_projector):
-        part.requires_grad_(False).eval()
+    prepare_device(settings, parallel)
+    for part in (bundle.vae, bundle.image_encoder, bundle.image_projector):  # the network is copied from where it is
+        torch.nn.Module.to(part, parallel.device).requires_grad_(False).eval()
+    bundle.prompt, bundle.empty = bundle.prompt.to(parallel.device), bundle.empty.to(parallel.device)
     methods = make_methods(settings, bundle, parallel)
     log = RunLog(output, parallel.main, options.wandb, options.record(settings))
     try:
@@ -145,7 +146,7 @@ def _stage(
     before = found if found is not None else options.start
     start = None if here or before is None else starting_tensors(before)
     roles = build_roles(bundle, method, settings, parallel, start)
-    source = make_source(method, settings, options, bundle, parallel)
+    source = make_source(method, settings, options, bundle, parallel, roles.teacher)
     folder, clips = options.output / "validation", options.validation_clips
     validation = Validation(bundle, folder, clips, settings.times) if clips and options.cadence.validate else None
 
@@ -174,6 +175,15 @@ def _stage(
     return trainer
 
 
+def prepare_device(settings: TrainSettings, parallel: Parallel) -> None:
+    """Chooses algorithms that add in a fixed order, where that is asked for."""
+    if parallel.device.type != "cuda" or not settings.repeatable:
+        return
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def make_methods(settings: TrainSettings, bundle: ModelBundle, parallel: Parallel) -> tuple[Method, ...]:
     """The methods of the run, with the choices of the settings."""
     process = Process.create(NoiseSchedule.create(bundle.index.base_scale), parallel.device)
@@ -189,7 +199,9 @@ def make_methods(settings: TrainSettings, bundle: ModelBundle, parallel: Paralle
     return tuple(methods)
 
 
-def make_source(method: Method, settings: TrainSettings, options: RunOptions, bundle: ModelBundle, parallel: Parallel) -> Source:
+def make_source(
+    method: Method, settings: TrainSettings, options: RunOptions, bundle: ModelBundle, parallel: Parallel, teacher: PredictV
+) -> Source:
     """The clips of a stage, with the teacher's trajectories where it is a regression on them."""
     regression = isinstance(method, OdeRegression)
     index = bundle.index
@@ -208,8 +220,6 @@ def make_source(method: Method, settings: TrainSettings, options: RunOptions, bu
     if not regression:
         return source
     how = Integration(settings.times, settings.trajectory_steps, settings.guidance, settings.rescale)
-    autocast = torch.bfloat16 if parallel.device.type == "cuda" else None
-    teacher = unet_predictor(bundle.unet.requires_grad_(False).eval(), autocast)
     schedule, cache = NoiseSchedule.create(index.base_scale), options.output / "trajectories"
     return TrajectorySource(source, settings.trajectories, teacher, schedule, how, cache, settings.seed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fvgen.distill.classifier import ClassifierConfig
@@ -55,7 +55,7 @@ class TrainSettings:
     rescale: float = 0.0
     normalise_weight: bool = False
     times: tuple[int, ...] = STUDENT_TIMES
-    head: ClassifierConfig = ClassifierConfig()
+    head: ClassifierConfig = field(default_factory=ClassifierConfig)
     checkpointing: bool = False
     graphs: bool = False
     repeatable: bool = True

@@ -1,7 +1,7 @@
 """The training loop: critic updates, then one student update, over and over.
 
-Which clips an update sees and which random numbers it draws follow from the seed of the run and the number of the update. So of them
-nothing has to be stored but that number, and a run that was killed goes on with the same losses.
+Which clips an update sees and which random numbers it draws follow from the seed of the run and the number of the update. So of
+them nothing has to be stored but that number, and a run that was killed goes on with the same losses.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ class Trainer:
         samples: int = 0,
     ) -> None:
         if settings.lanes % parallel.world:
-            raise UserError(
-                f"{settings.lanes} forward calls of {settings.micro_batch} clips cannot be dealt out to {parallel.world} processes; give "
-                f"a --batch that is a multiple of {parallel.world}, or --micro-batch {max(1, settings.batch // parallel.world)}"
-            )
+            calls, processes = f"{settings.lanes} forward calls of {settings.micro_batch} clips", f"{parallel.world} processes"
+            smaller = max(1, settings.batch // parallel.world)
+            raise UserError(f"{calls} cannot be dealt out to {processes}; give another --batch, or --micro-batch {smaller}")
         self.stage, self.method, self.roles, self.settings = stage, method, roles, settings
         self._cadence, self._parallel, self._folder, self._log = cadence, parallel, folder, log
         self._describe, self._guards, self._validate = describe or {}, guards or Guards(), validate

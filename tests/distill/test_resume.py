@@ -1,0 +1,114 @@
+"""Real processes, killed with SIGKILL, then continued: the losses are those of a run that was never killed, to the last bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fvgen.distill import checkpoint
+from fvgen.distill.logs import LOSSES
+from fvgen.utils.errors import UserError
+
+from .small import CADENCE, in_process, killed_while_writing, small_trainer, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five iterations that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert in_process(train, folder) == 0
+    return folder
+
+
+def same_end(folder: Path, whole: Path) -> None:
+    assert (folder / LOSSES).read_bytes() == (whole / LOSSES).read_bytes()
+    ours, theirs = (checkpoint.latest(f / "checkpoints") for f in (folder, whole))
+    assert ours.name == theirs.name == "stage2-000005"
+    for file in theirs.glob("*.safetensors"):
+        expected = load_file(file)
+        found = load_file(ours / file.name)
+        assert all(torch.equal(found[k], expected[k]) for k in expected), file.name
+
+
+def test_the_run_leaves_one_line_per_update(whole: Path) -> None:
+    lines = (whole / LOSSES).read_text().splitlines()
+    assert len(lines) == 5 * (2 + 1)
+    names = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert names == ["latest", "stage2-000004", "stage2-000005"]  # keep = 2
+
+
+@pytest.mark.parametrize("update", [0, 5, 8, 14])
+def test_killed_between_updates(update: int, whole: Path, tmp_path: Path) -> None:
+    assert in_process(train, tmp_path, dies_at=update) == -signal.SIGKILL
+    assert in_process(train, tmp_path) == 0
+    same_end(tmp_path, whole)
+
+
+# A checkpoint of three networks is 8 files, 10 flushes, 1 rename, 1 more flush, then the pointer: 1 flush, 1 replace, 1 flush; from
+# the third on also the removal of the oldest: 1 rename. The first has no optimiser files' content but as many files.
+@pytest.mark.parametrize("event", [3, 20, 21, 22, 24, 27, 45, 68, 69, 70])
+def test_killed_while_writing(event: int, whole: Path, tmp_path: Path) -> None:
+    assert in_process(killed_while_writing, event, tmp_path) == -signal.SIGKILL
+    root = tmp_path / "checkpoints"
+    found = checkpoint.latest(root)
+    if found is not None:  # whatever the pointer names is complete
+        state = checkpoint.read_state(found)
+        for file in state["files"]:
+            checkpoint.read_tensors(found, file)
+    assert in_process(train, tmp_path) == 0
+    same_end(tmp_path, whole)
+    assert {p.name for p in root.iterdir()} == {"latest", "stage2-000004", "stage2-000005"}
+
+
+def test_resumes_in_the_middle_of_an_iteration(tmp_path: Path) -> None:
+    """The phase of the update ratio is part of the state."""
+    trainer = small_trainer(tmp_path / "a")
+    for _ in range(4):
+        trainer.advance()
+    trainer.save()
+    assert (trainer.iteration, trainer.phase) == (1, 1)
+    other = small_trainer(tmp_path / "a")
+    assert (other.iteration, other.phase) == (1, 1)
+    for t in (trainer, other):
+        for _ in range(4):
+            t.advance()
+        t.close()
+    for role, module in trainer.roles.trained.items():
+        for a, b in zip(module.parameters(), other.roles.trained[role].parameters(), strict=True):
+            assert torch.equal(a, b), role
+
+
+def test_the_mean_of_the_weights_resumes(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, weight_mean=True)
+    for _ in range(6):
+        trainer.advance()
+    trainer.save()
+    trainer.close()
+    other = small_trainer(tmp_path, weight_mean=True)
+    assert other.weight_mean.value == trainer.weight_mean.value
+    other.close()
+
+
+def test_a_log_cut_short_is_mended(tmp_path: Path, whole: Path) -> None:
+    assert in_process(train, tmp_path, iterations=3) == 0
+    with (tmp_path / LOSSES).open("a") as file:
+        file.write('{"stage": 2, "iter')
+    assert in_process(train, tmp_path) == 0
+    same_lines = (tmp_path / LOSSES).read_bytes() == (whole / LOSSES).read_bytes()
+    assert same_lines
+
+
+def test_damaged_checkpoints_are_told(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    path = trainer.save()
+    (path / "student.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="earlier checkpoint"):
+        trainer.restore(path)
+    (tmp_path / "checkpoints" / checkpoint.LATEST).write_text("stage2-000009\n")
+    with pytest.raises(UserError, match="stage2-000000"):
+        checkpoint.latest(tmp_path / "checkpoints")
+    assert CADENCE.keep == 2
