@@ -87,10 +87,9 @@ class Trainer:
         self._describe, self._guards, self._validate = describe or {}, guards or Guards(), validate
         self._source, self._order = source, Order(source.count, settings.seed)
         self.position = Position(samples=samples)
-        fused = parallel.device.type == "cuda"
         self._optimisers = {
             name: torch.optim.AdamW(
-                module.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused
+                module.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
             )
             for name, module in roles.trained.items()
         }

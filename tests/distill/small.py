@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.fsdp  # noqa: F401 (slow; imported once for all processes)
+import torch.distributed.tensor  # noqa: F401
 
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
@@ -69,9 +71,9 @@ def small_teacher() -> ModelBundle:
             in_channels=2 * SHAPE[0],
             out_channels=SHAPE[0],
             model_channels=8,
-            channel_mult=(1, 1),
+            channel_mult=(1,),
             layers_per_level=1,
-            attention_resolutions=(2,),
+            attention_resolutions=(1,),
             head_channels=4,
             context_dim=WIDTH,
             temporal_length=SHAPE[1],
@@ -93,11 +95,11 @@ def small_trainer(
     stage: int = 2,
     cadence: Cadence = CADENCE,
     source: Any = None,
-    critic_updates: int = 2,
+    critic_updates: int = 1,
     guards: Guards | None = None,
     weight_mean: bool = False,
 ) -> Trainer:
-    """The trainer of a stage of the run "fvgen", with two critic updates per iteration; goes on from the latest checkpoint."""
+    """The trainer of a stage of the run "fvgen", with one critic update per iteration; goes on from the latest checkpoint."""
     parallel = parallel or Parallel.start("cpu")
     process = Process.create(NoiseSchedule.create())
     method: Any = make_run(settings.run, process)[stage - 1]
@@ -117,7 +119,7 @@ def small_trainer(
     return trainer
 
 
-def train(folder: Path, iterations: int = 5, layout: str = "replicate", dies_at: int | None = None, **options: Any) -> None:
+def train(folder: Path, iterations: int = 4, layout: str = "replicate", dies_at: int | None = None, **options: Any) -> None:
     """Trains in this process; it kills itself at the beginning of update ``dies_at``."""
     torch.set_num_threads(1)
     parallel = Parallel.start("cpu", layout)

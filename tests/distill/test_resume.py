@@ -18,7 +18,7 @@ from .small import CADENCE, in_process, killed_while_writing, small_trainer, tra
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of five iterations that nothing disturbed."""
+    """A run of four iterations that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     assert in_process(train, folder) == 0
     return folder
@@ -27,7 +27,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same_end(folder: Path, whole: Path) -> None:
     assert (folder / LOSSES).read_bytes() == (whole / LOSSES).read_bytes()
     ours, theirs = (checkpoint.latest(f / "checkpoints") for f in (folder, whole))
-    assert ours.name == theirs.name == "stage2-000005"
+    assert ours.name == theirs.name == "stage2-000004"
     for file in theirs.glob("*.safetensors"):
         expected = load_file(file)
         found = load_file(ours / file.name)
@@ -36,21 +36,21 @@ def same_end(folder: Path, whole: Path) -> None:
 
 def test_the_run_leaves_one_line_per_update(whole: Path) -> None:
     lines = (whole / LOSSES).read_text().splitlines()
-    assert len(lines) == 5 * (2 + 1)
+    assert len(lines) == 4 * (1 + 1)
     names = sorted(p.name for p in (whole / "checkpoints").iterdir())
-    assert names == ["latest", "stage2-000004", "stage2-000005"]  # keep = 2
+    assert names == ["latest", "stage2-000002", "stage2-000004"]  # keep = 2
 
 
-@pytest.mark.parametrize("update", [0, 5, 8, 14])
+@pytest.mark.parametrize("update", [0, 3, 7])
 def test_killed_between_updates(update: int, whole: Path, tmp_path: Path) -> None:
     assert in_process(train, tmp_path, dies_at=update) == -signal.SIGKILL
     assert in_process(train, tmp_path) == 0
     same_end(tmp_path, whole)
 
 
-# A checkpoint of three networks is 8 files, 10 flushes, 1 rename, 1 more flush, then the pointer: 1 flush, 1 replace, 1 flush; from
-# the third on also the removal of the oldest: 1 rename. The first has no optimiser files' content but as many files.
-@pytest.mark.parametrize("event", [3, 20, 21, 22, 24, 27, 45, 68, 69, 70])
+# A checkpoint of three networks is 8 files, 10 flushes, 1 rename, 1 flush, then the pointer: 1 flush, 1 replace, 1 flush; in all 23.
+# The third also removes the oldest: 1 rename. So: within the first, and within the third a file, the rename, the pointer, the removal.
+@pytest.mark.parametrize("event", [3, 49, 65, 68, 70])
 def test_killed_while_writing(event: int, whole: Path, tmp_path: Path) -> None:
     assert in_process(killed_while_writing, event, tmp_path) == -signal.SIGKILL
     root = tmp_path / "checkpoints"
@@ -61,20 +61,22 @@ def test_killed_while_writing(event: int, whole: Path, tmp_path: Path) -> None:
             checkpoint.read_tensors(found, file)
     assert in_process(train, tmp_path) == 0
     same_end(tmp_path, whole)
-    assert {p.name for p in root.iterdir()} == {"latest", "stage2-000004", "stage2-000005"}
+    left = {p.name for p in root.iterdir()}
+    assert {"latest", "stage2-000002", "stage2-000004"} <= left  # the oldest stays where only its removal was missed
+    assert not [name for name in left if name.startswith(".")]
 
 
 def test_resumes_in_the_middle_of_an_iteration(tmp_path: Path) -> None:
     """The phase of the update ratio is part of the state."""
     trainer = small_trainer(tmp_path / "a")
-    for _ in range(4):
+    for _ in range(3):
         trainer.advance()
     trainer.save()
     assert (trainer.iteration, trainer.phase) == (1, 1)
     other = small_trainer(tmp_path / "a")
     assert (other.iteration, other.phase) == (1, 1)
     for t in (trainer, other):
-        for _ in range(4):
+        for _ in range(2):
             t.advance()
         t.close()
     for role, module in trainer.roles.trained.items():
@@ -84,7 +86,7 @@ def test_resumes_in_the_middle_of_an_iteration(tmp_path: Path) -> None:
 
 def test_the_mean_of_the_weights_resumes(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, weight_mean=True)
-    for _ in range(6):
+    for _ in range(4):
         trainer.advance()
     trainer.save()
     trainer.close()
@@ -94,7 +96,7 @@ def test_the_mean_of_the_weights_resumes(tmp_path: Path) -> None:
 
 
 def test_a_log_cut_short_is_mended(tmp_path: Path, whole: Path) -> None:
-    assert in_process(train, tmp_path, iterations=3) == 0
+    assert in_process(train, tmp_path, iterations=2) == 0
     with (tmp_path / LOSSES).open("a") as file:
         file.write('{"stage": 2, "iter')
     assert in_process(train, tmp_path) == 0

@@ -1,0 +1,71 @@
+"""Several processes against one with the same global batch. Only the order of additions differs."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fvgen.distill import checkpoint
+from fvgen.distill.logs import LOSSES
+from fvgen.distill.parallel import Parallel
+from fvgen.utils.errors import UserError
+
+from .small import SETTINGS, in_process, on_ranks, small_trainer, train
+
+TWO = replace(SETTINGS, micro_batch=2)  # two forward calls per update, on one process or on two
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    assert in_process(train, folder, settings=TWO, iterations=3) == 0
+    return folder
+
+
+def compare(folder: Path, single: Path) -> None:
+    """Losses and weights, to the rounding of float32 sums; Adam's first steps divide it by itself, hence not tighter."""
+    for ours, theirs in zip(*((f / LOSSES).read_text().splitlines() for f in (folder, single)), strict=True):
+        found, expected = json.loads(ours), json.loads(theirs)
+        assert found.pop("update") == expected.pop("update")
+        assert found == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    ours, theirs = (checkpoint.latest(f / "checkpoints") for f in (folder, single))
+    assert ours.name == theirs.name
+    for role in ("student", "fake", "head", "ema"):
+        found, expected = (load_file(p / f"{role}.safetensors") for p in (ours, theirs))
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("layout", ["replicate", "shard"])
+def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Path) -> None:
+    assert on_ranks(2, train, tmp_path, settings=TWO, layout=layout, iterations=3) == [0, 0]
+    compare(tmp_path, single)
+
+
+def test_a_checkpoint_moves_between_layouts(single: Path, tmp_path: Path) -> None:
+    """One process, then two that share the networks, then one again."""
+    assert in_process(train, tmp_path, settings=TWO, iterations=1) == 0
+    assert on_ranks(2, train, tmp_path, settings=TWO, layout="shard", iterations=2) == [0, 0]
+    assert in_process(train, tmp_path, settings=TWO, iterations=3) == 0
+    compare(tmp_path, single)
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    first, second = on_ranks(2, train, tmp_path, settings=TWO, iterations=3, dies_at=2)
+    assert second == -signal.SIGKILL
+    assert first not in (0, -signal.SIGKILL)  # an error of its own, long before it would have been killed for hanging
+
+
+def test_bad_layouts() -> None:
+    with pytest.raises(UserError, match="torchrun"):
+        Parallel.start("cpu", "shard")
+    with pytest.raises(UserError, match="replicate"):
+        Parallel.start("cpu", "halves")
+    with pytest.raises(UserError, match="--micro-batch 2"):
+        small_trainer(Path("nowhere"), parallel=Parallel(0, 2, torch.device("cpu")))
