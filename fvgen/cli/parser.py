@@ -106,6 +106,36 @@ written to --output:
   contact_sheet.png             photo, renders and truth of a few clips: look at it before you train
 """
 
+DISTILL = """\
+examples:
+  fvgen distill --recipe tiny --output run                               the whole method on the bundled teacher
+  fvgen distill --recipe tiny --output run                               again: goes on from the last checkpoint
+  fvgen distill --recipe tiny --iterations 2 --output trial              to see that it runs
+  fvgen distill --recipe tiny --method dmd2 --minutes 30 --output dmd2
+  fvgen distill --recipe viewcrafter_512 --teacher viewcrafter --data shards --dry-run --output run
+  torchrun --nproc-per-node 8 -m fvgen.cli distill --recipe viewcrafter_512 --shard --batch 8 \\
+      --teacher viewcrafter --data shards --output run
+
+methods:
+  fvgen            adversarial initialisation, then distribution matching with softened reverse KL
+  stage_one_only   the first of these alone
+  no_stage_one     the second alone
+  reverse_kl       both, the second with plain reverse KL
+  dmd2             matching and adversarial loss together, no stages
+  causvid          regression on the teacher's trajectories, then plain distribution matching
+
+written to --output: run.json, checkpoints/, losses.jsonl, progress.jsonl, tensorboard/, validation/
+exit status: 0 done or time is up, 2 bad input, 3 a guard stopped the run (stopped.json says why), 130 interrupted
+More in docs/training.md.
+"""
+
+EXPORT = """\
+examples:
+  fvgen export-student run --output student
+  fvgen export-student run/checkpoints/stage1-004000 --no-ema --output stage1
+  fvgen generate left.jpg right.jpg --model student --output room
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
@@ -267,7 +297,95 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{option}-minutes", type=positive(1e5), metavar="MIN", help=f"stop training the {option} after so many minutes"
         )
     _common(train)
+
+    _distill(command("distill", "distill", "train a few-step student from a teacher, or go on with it", DISTILL))
+
+    export = command("export-student", "export_student", "make a model directory of a trained student", EXPORT)
+    export.add_argument("run", metavar="RUN", help="the --output of fvgen distill, or one of its checkpoints")
+    export.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
+    export.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the running average of the weights, or the weights themselves (default: the average)",
+    )
+    export.add_argument("--teacher", metavar="NAME|DIR", help="where the other networks are now (default: where they were)")
+    export.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="precision of the stored weights (default: float16)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier model in --output")
     return parser
+
+
+def _distill(parser: argparse.ArgumentParser) -> None:
+    recipes = ("tiny", "viewcrafter_512", "viewcrafter_1024")
+    methods = ("fvgen", "stage_one_only", "no_stage_one", "reverse_kl", "dmd2", "causvid")
+    parser.add_argument("--recipe", choices=recipes, default="tiny", help="size of the networks (default: tiny)")
+    parser.add_argument("--method", choices=methods, default="fvgen", help="see below (default: fvgen)")
+    parser.add_argument("--output", required=True, metavar="RUN", help="folder of the run; one that is there is continued")
+    parser.add_argument("--teacher", default="tiny", metavar="NAME|DIR", help="tiny or a model directory (default: tiny)")
+    parser.add_argument(
+        "--data",
+        default="synthetic",
+        metavar="synthetic|DIR",
+        help="the synthetic world or a folder of shards (default: synthetic)",
+    )
+    parser.add_argument("--stage", type=whole(1, 2), metavar="N", help="only this stage (default: all of the method)")
+    parser.add_argument(
+        "--from", dest="start", metavar="RUN", help="a run or checkpoint whose student and classifier the first stage starts from"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and how much memory it takes")
+
+    length = parser.add_argument_group("length")
+    length.add_argument(
+        "--iterations", nargs="+", type=whole(1, 10**8), metavar="N", help="student updates, per stage (default: the paper's)"
+    )
+    length.add_argument("--minutes", type=positive(1e5), metavar="MIN", help="end after so long, with a checkpoint")
+    length.add_argument("--batch", type=whole(1, 2**16), metavar="N", help="clips per update, over all GPUs")
+    length.add_argument("--micro-batch", type=whole(1, 2**16), metavar="N", help="clips per forward call; more calls add up")
+
+    choices = parser.add_argument_group("choices of the method (default: the recipe's)")
+    choices.add_argument("--lr", type=positive(1.0), metavar="X", help="learning rate of all networks (default: 5e-5)")
+    choices.add_argument("--warmup", type=whole(0, 10**6), metavar="N", help="iterations until it is reached (default: 100)")
+    choices.add_argument("--ema", type=positive(0.999999), metavar="X", help="decay of the student's average (default: 0.999)")
+    choices.add_argument("--steps", type=whole(1, 64), metavar="N", help="steps of the student (default: 4)")
+    choices.add_argument("--inputs", choices=("real", "rollout"), help="noisy real clips, or states of the student's own sampler")
+    choices.add_argument("--critic-updates", type=whole(1, 100), metavar="N", help="per update of the student (default: 5)")
+    choices.add_argument("--guidance", type=positive(100.0), metavar="W", help="of the teacher, 1 for none")
+    choices.add_argument("--rescale", type=positive(1.0), metavar="X", help="guidance rescale of the teacher")
+    choices.add_argument(
+        "--divergence",
+        choices=("softened_rkl", "reverse_kl", "jensen_shannon", "forward_kl", "neyman"),
+        help="of stage 2 (default: the method's)",
+    )
+    choices.add_argument(
+        "--window", type=whole(1, 10**6), default=1024, metavar="N", help="synthetic: clips kept (default: 1024)"
+    )
+    choices.add_argument("--reuse", type=whole(1, 10**6), default=16, metavar="N", help="synthetic: uses of a clip (default: 16)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--shard", action="store_true", help="share the networks among the GPUs (FSDP2) instead of copying them")
+    machine.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute activations twice to save memory (default: all but tiny)",
+    )
+    machine.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=None, help="replay CUDA graphs (default: tiny alone)"
+    )
+    machine.add_argument("--not-repeatable", action="store_true", help="allow faster algorithms whose last bits vary")
+
+    logs = parser.add_argument_group("what is left behind")
+    logs.add_argument("--log-every", type=whole(1, 10**6), default=20, metavar="N", help="iterations (default: 20)")
+    logs.add_argument("--checkpoint-every", type=whole(1, 10**6), default=500, metavar="N", help="iterations (default: 500)")
+    logs.add_argument("--keep", type=whole(1, 10**6), default=3, metavar="N", help="checkpoints that stay (default: 3)")
+    logs.add_argument(
+        "--validate-every", type=whole(0, 10**6), default=500, metavar="N", help="iterations, 0 never (default: 500)"
+    )
+    logs.add_argument("--validation-clips", type=whole(0, 64), default=4, metavar="N", help="held-out clips (default: 4)")
+    logs.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    _common(parser)
 
 
 def _inputs(parser: argparse.ArgumentParser) -> None:

@@ -147,7 +147,10 @@ class RunLog:
                     self._board.add_histogram(name, samples[name], step)
         if "weight" in samples:
             parts = weight_histogram(samples["weight"], samples["time"])
-            line["weights"] = {f"{low}-{high}": torch.histc(w, 10, 0, float(w.max())).int().tolist() for low, high, w in parts}
+            line["weights"] = [
+                {"times": [low, high], "highest": float(w.max()), "counts": torch.histc(w, 10, 0, float(w.max())).int().tolist()}
+                for low, high, w in parts
+            ]
             if self._board is not None:
                 for low, high, weights in parts:
                     self._board.add_histogram(f"weight/t{low}-{high}", weights, step)

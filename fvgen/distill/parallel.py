@@ -62,7 +62,11 @@ class Parallel:
                 raise UserError(
                     "sharding needs several processes; start it with torchrun --nproc-per-node N -m fvgen.cli distill ..."
                 )
-            return Parallel(0, 1, torch.device(device))
+            alone = torch.device(device)
+            if alone.type == "cuda":
+                alone = torch.device("cuda", alone.index or 0)
+                torch.cuda.set_device(alone)
+            return Parallel(0, 1, alone)
         rank, local_rank, world = launched
         if device.startswith("cuda"):
             if local_rank >= torch.cuda.device_count():

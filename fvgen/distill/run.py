@@ -24,7 +24,7 @@ from fvgen.diffusion.predict import PredictV
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
 from fvgen.distill.comparison import make_run
-from fvgen.distill.configs import MatchingConfig
+from fvgen.distill.configs import MatchingConfig, RegressionConfig
 from fvgen.distill.data import ShardSource, Source
 from fvgen.distill.guards import Guards, TrainingStopped
 from fvgen.distill.logs import RunLog
@@ -110,7 +110,7 @@ def distill(
     for part in (bundle.vae, bundle.image_encoder, bundle.image_projector):  # the network is copied from where it is
         torch.nn.Module.to(part, parallel.device).requires_grad_(False).eval()
     bundle.prompt, bundle.empty = bundle.prompt.to(parallel.device), bundle.empty.to(parallel.device)
-    methods = make_methods(settings, bundle, parallel)
+    methods = make_methods(settings, bundle.index.base_scale, parallel)
     log = RunLog(output, parallel.main, options.wandb, options.record(settings))
     try:
         for stage in settings.stages:
@@ -184,14 +184,18 @@ def prepare_device(settings: TrainSettings, parallel: Parallel) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def make_methods(settings: TrainSettings, bundle: ModelBundle, parallel: Parallel) -> tuple[Method, ...]:
-    """The methods of the run, with the choices of the settings."""
-    process = Process.create(NoiseSchedule.create(bundle.index.base_scale), parallel.device)
+def make_methods(settings: TrainSettings, base_scale: float, parallel: Parallel) -> tuple[Method, ...]:
+    """The methods of the run, with the choices of the settings; ``base_scale`` is that of the teacher's schedule."""
+    process = Process.create(NoiseSchedule.create(base_scale), parallel.device)
     methods: list[Method] = []
     for method in make_run(settings.run, process):
-        config = replace(method.config, times=settings.times)  # type: ignore[attr-defined]
+        config: Any = replace(method.config, times=settings.times)  # type: ignore[attr-defined]
+        if not isinstance(config, RegressionConfig):
+            updates = config.critic_updates if settings.critic_updates is None else settings.critic_updates
+            config = replace(config, inputs=settings.inputs, critic_updates=updates)
         if isinstance(config, MatchingConfig):
-            config = replace(config, guidance=settings.guidance, rescale=settings.rescale)
+            divergence = settings.divergence or config.divergence
+            config = replace(config, guidance=settings.guidance, rescale=settings.rescale, divergence=divergence)
         method = replace(method, config=config)  # type: ignore[type-var]
         if settings.normalise_weight and isinstance(method, DistributionMatching):
             method = replace(method, weight_mean=WeightMean(all_mean=parallel.mean))

@@ -29,6 +29,8 @@ class TrainSettings:
         guidance, rescale: of the teacher in stage 2 and on its trajectories.
         normalise_weight: divide h by its running mean.
         times: the student's time steps.
+        inputs: what the student denoises in training: ``real`` (noisy real clips) or ``rollout`` (its own sampler's states).
+        critic_updates: per update of the student; None for the method's own, likewise divergence.
         head: size of the classifier's head; its input channels are the teacher's.
         checkpointing: keep only layer inputs for the backward pass and compute the rest again.
         graphs: replay network calls as CUDA graphs (small networks are otherwise bound by launching their kernels).
@@ -55,6 +57,9 @@ class TrainSettings:
     rescale: float = 0.0
     normalise_weight: bool = False
     times: tuple[int, ...] = STUDENT_TIMES
+    inputs: str = "real"
+    critic_updates: int | None = None
+    divergence: str | None = None
     head: ClassifierConfig = field(default_factory=ClassifierConfig)
     checkpointing: bool = False
     graphs: bool = False

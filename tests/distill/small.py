@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.fsdp  # noqa: F401 (slow; imported once for all processes)
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.fsdp  # slow; imported once for all processes
+import torch.distributed.tensor
 
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint

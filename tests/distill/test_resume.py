@@ -48,8 +48,8 @@ def test_killed_between_updates(update: int, whole: Path, tmp_path: Path) -> Non
     same_end(tmp_path, whole)
 
 
-# A checkpoint of three networks is 8 files, 10 flushes, 1 rename, 1 flush, then the pointer: 1 flush, 1 replace, 1 flush; in all 23.
-# The third also removes the oldest: 1 rename. So: within the first, and within the third a file, the rename, the pointer, the removal.
+# A checkpoint of three networks is 8 files, 10 flushes, a rename, a flush, then the pointer: flush, replace, flush: 23 in all.
+# The third also removes the oldest, with a rename. So: in the first; and in the third a file, rename, pointer, removal.
 @pytest.mark.parametrize("event", [3, 49, 65, 68, 70])
 def test_killed_while_writing(event: int, whole: Path, tmp_path: Path) -> None:
     assert in_process(killed_while_writing, event, tmp_path) == -signal.SIGKILL

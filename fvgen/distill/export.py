@@ -1,0 +1,46 @@
+"""A student as a model directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fvgen.distill import checkpoint
+from fvgen.models.bundle import ModelBundle
+
+
+def export_student(
+    found: Path, bundle: ModelBundle, output: Path, average: bool = True, dtype: torch.dtype | None = torch.float16
+) -> dict[str, Any]:
+    """Writes the student of a checkpoint with the other parts of its teacher; returns where it comes from.
+
+    Args:
+        found: the checkpoint.
+        bundle: its teacher's model; the UNet's weights are replaced.
+        output: model directory to write.
+        average: the running average of the student's weights, or the weights themselves.
+        dtype: of the stored weights; None keeps each part's own.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model, or ``output`` holds something else.
+    """
+    state = checkpoint.read_state(found)
+    weights = checkpoint.read_tensors(found, "ema" if average else "student")
+    bundle.unet.float()
+    checkpoint.restore(checkpoint.module_tensors(bundle.unet), weights, "student")
+    settings = state["run"]["settings"]
+    bundle.index = replace(
+        bundle.index, sampler="few_step", steps=len(settings["times"]), guidance_scale=1.0, guidance_rescale=0.0
+    )
+    bundle.save_pretrained(output, dtype)
+    names = ("stage", "iteration", "samples")
+    origin = {"checkpoint": found.name, "average": average, **{k: state[k] for k in names}, "run": state["run"]}
+    part = output / ".distillation.json.part"
+    part.write_text(json.dumps(origin, indent=1) + "\n")
+    os.replace(part, output / "distillation.json")
+    return origin
