@@ -120,9 +120,9 @@ class RunLog:
         if self._bar is not None:
             self._bar.update()
 
-    def write(self, records: Sequence[Record], samples: dict[str, Tensor], facts: dict[str, float]) -> None:
-        """Appends the records; shows their means, the histograms and ``facts`` of speed and memory."""
-        if not self._write or not records:
+    def write(self, records: Sequence[Record], facts: dict[str, float]) -> None:
+        """Appends the records; shows their means and ``facts`` of speed and memory."""
+        if not self._write:
             return
         with (self._folder / LOSSES).open("a") as file:
             file.writelines(json.dumps(r) + "\n" for r in records)
@@ -133,11 +133,19 @@ class RunLog:
         if self._bar is not None:
             shown = {k.rpartition("/")[2]: f"{v:.3g}" for k, v in means.items() if k.endswith("_loss")}
             self._bar.set_postfix(shown, refresh=False)
-        self._histograms({"stage": last["stage"], "iteration": step, **facts}, samples)
 
-    def _histograms(self, line: dict[str, Any], samples: dict[str, Tensor]) -> None:
-        """Calibration of the ratio and weights over time, to ``progress.jsonl`` and TensorBoard."""
-        step = line["iteration"]
+    def histograms(self, last: Record, samples: dict[str, Tensor], facts: dict[str, float]) -> None:
+        """Appends facts, calibration of the ratio and weights over time; the samples are finite numbers.
+
+        Args:
+            last: the record they lead up to.
+            samples: values ``[N]`` by name.
+            facts: of speed and memory.
+        """
+        if not self._write:
+            return
+        step = last["iteration"]
+        line: dict[str, Any] = {"stage": last["stage"], "iteration": step, **facts}
         if "logit_real" in samples:
             bins = calibration(samples["logit_real"], samples["logit_fake"])
             line["calibration"] = [asdict(b) for b in bins]

@@ -187,8 +187,9 @@ class Trainer:
         self._fetched_at = (now, self.position.samples)
         if self._parallel.device.type == "cuda":
             facts["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._parallel.device) / 1e9
-        self._log.write(records, samples, facts)
+        self._log.write(records, facts)
         self._guards.check(records)
+        self._log.histograms(records[-1], samples, facts)
 
     def save(self) -> Path:
         """A checkpoint of this moment, once the guards have seen all before it."""
