@@ -28,11 +28,10 @@ def commit() -> str | None:
 
 def launched_ranks() -> tuple[int, int, int] | None:
     """``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` of a launcher such as torchrun; None without one."""
-    names = ("RANK", "WORLD_SIZE")
-    if not all(os.environ.get(name) for name in names):
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or world is None:
         return None
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return rank, int(os.environ.get("LOCAL_RANK", str(rank))), world
+    return int(rank), int(os.environ.get("LOCAL_RANK", rank)), int(world)
 
 
 def repeatable_cublas() -> None:

@@ -72,6 +72,12 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
     return [x for x in (batch.clean, batch.ode_states, batch.ode_clean, *condition) if x is not None]
 
 
+def check_data(data: str) -> None:
+    """Raises UserError unless ``data`` is "synthetic" or a folder."""
+    if data != "synthetic" and not Path(data).is_dir():
+        raise UserError(f"there is no data folder {data}; give synthetic or a folder of shards")
+
+
 class ShardSource:
     """Encoded clips of ``fvgen.data.shards``.
 
@@ -82,7 +88,7 @@ class ShardSource:
         context_shape: ``(L, D)`` of the context they take.
 
     Raises:
-        UserError: there are no shards there, or of clips of another size.
+        UserError: the clips have another size.
     """
 
     def __init__(
@@ -98,8 +104,6 @@ class ShardSource:
             raise UserError(
                 f"this installation cannot read shards ({error}); install fvgen again or use --data synthetic"
             ) from error
-        if not Path(directory).is_dir():
-            raise UserError(f"there is no data folder {directory}; give synthetic or a folder of shards")
         self._set, self._device = ShardSet(directory), device
         self._text = self._set.constants["text_tokens"].float()
         self._uncond = self._set.constants["uncond_context"].float()

@@ -25,7 +25,7 @@ from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
 from fvgen.distill.comparison import make_run
 from fvgen.distill.configs import MatchingConfig, RegressionConfig
-from fvgen.distill.data import ShardSource, Source
+from fvgen.distill.data import ShardSource, Source, check_data
 from fvgen.distill.guards import Guards, TrainingStopped
 from fvgen.distill.logs import RunLog
 from fvgen.distill.methods import DistributionMatching, Method, OdeRegression
@@ -101,6 +101,9 @@ def distill(
     """
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     output, root = options.output, options.output / CHECKPOINTS
+    check_data(options.data)
+    if options.start is not None:
+        find_checkpoint(options.start)
     if parallel.main:
         claim(output, options.record(settings))
         checkpoint.clean_up(root)

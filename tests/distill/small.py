@@ -101,7 +101,7 @@ def small_trainer(
 ) -> Trainer:
     """The trainer of a stage of the run "fvgen", with one critic update per iteration; goes on from the latest checkpoint."""
     parallel = parallel or Parallel.start("cpu")
-    process = Process.create(NoiseSchedule.create())
+    process = Process.create(NoiseSchedule.create(), parallel.device)
     method: Any = make_run(settings.run, process)[stage - 1]
     if critic_updates and method.critic_updates:
         method = replace(method, config=replace(method.config, critic_updates=critic_updates, inputs="rollout"))

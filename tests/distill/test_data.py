@@ -123,8 +123,6 @@ def test_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ShardSource(tmp_path, CPU, (2, 3, 4, 5), (6, WIDTH))
     with pytest.raises(UserError, match="context"):
         ShardSource(tmp_path, CPU, SHAPE, (7, WIDTH))
-    with pytest.raises(UserError, match="no data folder"):
-        ShardSource(tmp_path / "none", CPU, SHAPE, (6, WIDTH))
 
 
 def _teacher(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -62,10 +62,10 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert first not in (0, -signal.SIGKILL)  # an error of its own, long before it would have been killed for hanging
 
 
-def test_bad_layouts() -> None:
+def test_bad_layouts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torchrun"):
         Parallel.start("cpu", "shard")
     with pytest.raises(UserError, match="replicate"):
         Parallel.start("cpu", "halves")
     with pytest.raises(UserError, match="--micro-batch 2"):
-        small_trainer(Path("nowhere"), parallel=Parallel(0, 2, torch.device("cpu")))
+        small_trainer(tmp_path, parallel=Parallel(0, 2, torch.device("cpu")))

@@ -147,12 +147,12 @@ def test_dry_run(fvgen: Run, tmp_path: Path) -> None:
 
 
 BAD = {
-    "another run": ("another lr", ["--lr", 0.5]),
+    "another run": ("holds a run with another", ["--lr", 0.5]),
     "no such stage": ("leave --stage out", ["--method", "dmd2", "--stage", 2]),
     "iterations": ("--iterations", ["--iterations", 1, 2, 3]),
     "micro": ("divisor", ["--micro-batch", 2, "--batch", 3]),
     "recipe": ("is a tiny", ["--recipe", "viewcrafter_512"]),
-    "data": ("no data folder", ["--data", "nowhere", "--output", "{new}"]),
+    "data": ("no data folder", ["--data", "{new}", "--output", "{new}"]),
     "from": ("neither a training run", ["--from", "{empty}", "--output", "{new}"]),
     "shard": ("torchrun", ["--shard"]),
     "wandb": ("pip install wandb", ["--wandb"]),
@@ -176,6 +176,7 @@ def test_bad_input(case: str, fvgen: Run, teacher: Path, tmp_path: Path) -> None
     assert words in err
     assert "Traceback" not in err
     assert out == ""
+    assert not (tmp_path / "new").exists()
 
 
 def test_export_refuses(fvgen: Run, tmp_path: Path) -> None:
