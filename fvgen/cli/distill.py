@@ -30,6 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"fvgen: stopped: {stopped}", file=sys.stderr)
         print(f"fvgen: the last checkpoint in {arguments.output} is from before that", file=sys.stderr)
         raise SystemExit(GUARD_STATUS) from None
+    except Exception as error:  # safetensors has an error of its own for this
+        if "No space left on device" not in str(error):
+            raise
+        raise UserError("the disk is full; free some space, and the same command goes on from the last checkpoint") from error
     except KeyboardInterrupt:
         print("\nfvgen: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

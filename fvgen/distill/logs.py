@@ -128,7 +128,8 @@ class RunLog:
             file.writelines(json.dumps(r) + "\n" for r in records)
         last = records[-1]
         step = last["iteration"]
-        means = {f"stage{last['stage']}/{k}": v for k, v in _means(records).items()} | {f"run/{k}": v for k, v in facts.items()}
+        means = {f"stage{last['stage']}/{k}": v for k, v in _means(records).items()}
+        means |= {f"stage{last['stage']}/{k}": v for k, v in facts.items()}
         self.scalars(means, step)
         if self._bar is not None:
             shown = {k.rpartition("/")[2]: f"{v:.3g}" for k, v in means.items() if k.endswith("_loss")}
@@ -144,15 +145,15 @@ class RunLog:
         """
         if not self._write:
             return
-        step = last["iteration"]
+        step, stage = last["iteration"], f"stage{last['stage']}"
         line: dict[str, Any] = {"stage": last["stage"], "iteration": step, **facts}
         if "logit_real" in samples:
             bins = calibration(samples["logit_real"], samples["logit_fake"])
             line["calibration"] = [asdict(b) for b in bins]
             if self._board is not None:
-                self._board.add_text("calibration", calibration_table(bins), step)
+                self._board.add_text(f"{stage}/calibration", calibration_table(bins), step)
                 for name in ("logit_real", "logit_fake"):
-                    self._board.add_histogram(name, samples[name], step)
+                    self._board.add_histogram(f"{stage}/{name}", samples[name], step)
         if "weight" in samples:
             parts = weight_histogram(samples["weight"], samples["time"])
             line["weights"] = [
@@ -161,7 +162,7 @@ class RunLog:
             ]
             if self._board is not None:
                 for low, high, weights in parts:
-                    self._board.add_histogram(f"weight/t{low}-{high}", weights, step)
+                    self._board.add_histogram(f"{stage}/weight/t{low}-{high}", weights, step)
         with (self._folder / PROGRESS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -6,6 +6,7 @@ times per update, with and without a gradient, and only the sum of what those ca
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,8 +97,10 @@ class Parallel:
             return module
         from torch.distributed.fsdp import fully_shard
 
+        # it warns of outputs that are views, in case they were changed in place; the networks change nothing in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         names = getattr(module, "_no_split_modules", None) or ()
-        for part in module.modules():
+        for part in list(module.modules()):
             if type(part).__name__ in names:
                 fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
         # also the outermost: calls without a gradient would otherwise leave it whole, and stale after the next step

@@ -140,7 +140,8 @@ class Trainer:
                 if at % cadence.checkpoint == 0 or last:
                     self.save()
                 if self._validate is not None and cadence.validate and (at % cadence.validate == 0 or last):
-                    self._log.scalars(self._validate(self, f"stage{self.stage}-{at:06d}"), at)
+                    figures = self._validate(self, f"stage{self.stage}-{at:06d}")
+                    self._log.scalars({f"stage{self.stage}/{k}": v for k, v in figures.items()}, at)
             return True
         finally:
             self.close()

@@ -1,0 +1,146 @@
+"""Single updates against the same worked out by hand, and what the log says of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fvgen.distill.calibration import calibration, weight_histogram
+from fvgen.distill.ema import WeightAverage
+from fvgen.distill.logs import LOSSES, PROGRESS
+from fvgen.distill.networks import Draws, derived_seed
+from fvgen.distill.plan import measured_speed
+from fvgen.distill.settings import TrainSettings, changed_settings, default_settings
+from fvgen.utils.errors import UserError
+
+from .small import SETTINGS, Latents, small_trainer
+
+
+def by_hand(trainer, update: int) -> dict[str, list[torch.Tensor]]:
+    """Weights after one update, from the method's losses and PyTorch's plain optimiser in float64."""
+    settings, method = trainer.settings, trainer.method
+    student = update % (method.critic_updates + 1) == method.critic_updates
+    step = method.student_update if student else method.critic_update
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for lane in range(settings.lanes):
+        for module in trainer.roles.trained.values():
+            module.zero_grad()
+        first = update * settings.batch + lane * settings.micro_batch
+        shared = derived_seed(settings.seed, "shared", trainer.stage, update)
+        draws = Draws(shared, derived_seed(settings.seed, "own", trainer.stage, update, lane))
+        found = step(trainer.roles.networks, Latents().read(range(first, first + settings.micro_batch)), draws)
+        found.total.backward()
+        for name in found.losses:
+            mine = [p.grad.double() / settings.lanes for p in trainer.roles.trained[name].parameters()]
+            gradients[name] = [a + b for a, b in zip(gradients[name], mine, strict=True)] if name in gradients else mine
+    result = {}
+    for name, gradient in gradients.items():
+        norm = torch.cat([g.flatten() for g in gradient]).norm()
+        weights = [torch.nn.Parameter(p.detach().double().clone()) for p in trainer.roles.trained[name].parameters()]
+        rate = settings.lr * (update // (method.critic_updates + 1) + 1) / settings.warmup
+        optimiser = torch.optim.AdamW(weights, rate, settings.betas, weight_decay=settings.weight_decay, foreach=False)
+        for w, g in zip(weights, gradient, strict=True):
+            w.grad = g * min(1.0, settings.clip_norm / float(norm))
+        optimiser.step()
+        result[name] = [w.detach() for w in weights]
+    for module in trainer.roles.trained.values():
+        module.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize(("stage", "clip_norm"), [(1, 1e9), (2, 1e-3)])
+def test_updates_by_hand(stage: int, clip_norm: float, tmp_path: Path) -> None:
+    """The critics' update, then the student's: mean over the forward calls, clipping, warm-up, decay; nothing else moves."""
+    settings = replace(SETTINGS, micro_batch=2, clip_norm=clip_norm)
+    trainer = small_trainer(tmp_path, settings, stage=stage)
+    for update in (0, 1):
+        expected = by_hand(trainer, update)
+        before = {name: [p.detach().clone() for p in m.parameters()] for name, m in trainer.roles.trained.items()}
+        trainer.advance()
+        for name, module in trainer.roles.trained.items():
+            for p, old, new in zip(module.parameters(), before[name], expected.get(name, before[name]), strict=True):
+                # Adam's first step is lr g / (|g| + eps): where |g| is near eps, float32 rounding of g shows
+                torch.testing.assert_close(p.detach().double(), new.double(), rtol=1e-5, atol=2e-5)
+                assert name in expected or torch.equal(p, old)
+        assert set(expected) == ({"student"} if update else set(trainer.roles.trained) - {"student"})
+    trainer.close()
+
+
+def test_checkpointed_activations_give_the_same_updates(tmp_path: Path) -> None:
+    weights = []
+    for checkpointing in (False, True):
+        trainer = small_trainer(tmp_path / str(checkpointing), replace(SETTINGS, checkpointing=checkpointing))
+        for _ in range(2):
+            trainer.advance()
+        trainer.close()
+        weights.append([p.detach() for p in trainer.roles.trained["student"].parameters()])
+    assert trainer.roles.trained["student"].is_gradient_checkpointing
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_running_average() -> None:
+    """Against its closed form, and the module is given back as it was."""
+    module = torch.nn.Linear(3, 2)
+    values = [torch.randn(2, 3) for _ in range(4)]
+    module.weight.data.copy_(values[0])
+    average = WeightAverage(module, decay=0.3)
+    expected = values[0].double()
+    for i, value in enumerate(values[1:], 1):
+        module.weight.data.copy_(value)
+        average.update()
+        decay = min(0.3, (1 + i) / (10 + i))
+        expected = decay * expected + (1 - decay) * value.double()
+    torch.testing.assert_close(average.tensors["weight"].double(), expected, rtol=1e-6, atol=1e-6)
+    kept = copy.deepcopy(module.state_dict())
+    with average.applied():
+        assert torch.equal(module.weight, average.tensors["weight"])
+    assert torch.equal(module.weight, kept["weight"])
+
+
+def test_logs(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    trainer.run(4)
+    lines = [json.loads(line) for line in (tmp_path / LOSSES).read_text().splitlines()]
+    assert [r["step"] for r in lines] == list(range(8))
+    critic, student = lines[0], lines[1]
+    assert {"fake_loss", "head_loss", "logit_real", "logit_fake", "fake_gradient", "head_gradient"} <= set(critic)
+    assert {"student_loss", "student_gradient", "weight", "latent_mean", "real_std", "saturation"} <= set(student)
+    progress = [json.loads(line) for line in (tmp_path / PROGRESS).read_text().splitlines()]
+    assert len(progress) == 2
+    assert sum(b["count"] for p in progress for b in p["calibration"]) == 4 * 2 * SETTINGS.batch
+    assert sum(sum(w["counts"]) for p in progress for w in p["weights"]) == 4 * SETTINGS.batch
+    assert measured_speed(tmp_path) == pytest.approx(progress[1]["clips_per_second"])
+    assert measured_speed(tmp_path / "none") is None
+
+
+def test_calibration_of_an_exact_classifier() -> None:
+    """Real N(1, 1), generated N(-1, 1): the log ratio is 2 x, so predicted and found shares agree up to counting noise."""
+    torch.manual_seed(0)
+    real, fake = torch.randn(200_000) + 1, torch.randn(200_000) - 1
+    for b in calibration(2 * real, 2 * fake):
+        assert b.found == pytest.approx(b.predicted, abs=5 * (0.25 / b.count) ** 0.5)
+    tilted = calibration(4 * real, 4 * fake)  # twice as sure as it may be
+    assert tilted[2].found > tilted[2].predicted + 0.05
+
+
+def test_weights_by_time() -> None:
+    parts = weight_histogram(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 199.0, 200.0, 999.0]))
+    assert [(low, high, w.tolist()) for low, high, w in parts] == [(0, 199, [1, 2]), (200, 399, [3]), (800, 999, [4])]
+
+
+def test_settings() -> None:
+    tiny = default_settings("tiny")
+    assert changed_settings(tiny.to_dict(), replace(tiny, iterations=(1, 1), micro_batch=1, graphs=False).to_dict()) == []
+    assert changed_settings(tiny.to_dict(), replace(tiny, lr=1.0, batch=16).to_dict()) == ["batch", "lr"]
+    with pytest.raises(UserError, match="divisor"):
+        TrainSettings("tiny", batch=3, micro_batch=2)
+    with pytest.raises(UserError, match="exclude"):
+        TrainSettings("tiny", graphs=True, checkpointing=True)
+    with pytest.raises(UserError, match="viewcrafter_512"):
+        default_settings("large")
