@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fvgen.distill.parallel import Parallel, put, whole
@@ -28,23 +27,6 @@ _PART, _OLD = ".part-", ".old-"
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers by name, as they are held here."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimiser remembers of each of the module's parameters, as ``NAME/exp_avg`` and so on."""
-    states = {name: optimiser.state[p] for name, p in module.named_parameters() if p in optimiser.state}
-    return {f"{name}/{key}": x for name, state in states.items() for key, x in state.items()}
-
-
-def restore_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of :func:`optimiser_tensors`; settings such as the learning rate stay those of ``optimiser``."""
-    parameters = dict(module.named_parameters())
-    for stored, x in tensors.items():
-        name, _, key = stored.rpartition("/")
-        p = parameters[name]
-        target = torch.zeros_like(x, device=p.device) if x.ndim == 0 else torch.zeros_like(p)
-        put(target, x)
-        optimiser.state[p][key] = target
 
 
 def save(

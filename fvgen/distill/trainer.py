@@ -22,7 +22,8 @@ from fvgen.distill.guards import Guards
 from fvgen.distill.logs import History, RunLog
 from fvgen.distill.methods import Method
 from fvgen.distill.networks import Batch, Draws, derived_seed
-from fvgen.distill.parallel import Parallel, whole
+from fvgen.distill.optimiser import NetworkOptimiser
+from fvgen.distill.parallel import Parallel
 from fvgen.distill.prefetch import Prefetcher
 from fvgen.distill.roles import Roles
 from fvgen.distill.settings import Cadence, TrainSettings
@@ -87,12 +88,7 @@ class Trainer:
         self._describe, self._guards, self._validate = describe or {}, guards or Guards(), validate
         self._source, self._order = source, Order(source.count, settings.seed)
         self.position = Position(samples=samples)
-        self._optimisers = {
-            name: torch.optim.AdamW(
-                module.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-            )
-            for name, module in roles.trained.items()
-        }
+        self._optimisers = {name: NetworkOptimiser(module, settings, parallel) for name, module in roles.trained.items()}
         self.average = WeightAverage(roles.trained["student"], settings.ema)
         self._history = History()
         self._calls = settings.lanes // parallel.world  # forward calls of this rank per update
@@ -164,8 +160,9 @@ class Trainer:
             samples.append(update.samples)
             trained = tuple(update.losses)
         statistics = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        rate = settings.lr * min(1.0, (self.iteration + 1) / max(settings.warmup, 1))
         for name in trained:
-            statistics[f"{name}_gradient"] = self._step(name)
+            statistics[f"{name}_gradient"] = self._optimisers[name].step(rate)
         if student:
             self.average.update()
         where = {
@@ -199,7 +196,7 @@ class Trainer:
         files: dict[str, dict[str, Tensor]] = {"ema": self.average.tensors}
         for role, module in self.roles.trained.items():
             files[role] = checkpoint.module_tensors(module)
-            files[f"{role}-adamw"] = checkpoint.optimiser_tensors(module, self._optimisers[role])
+            files[f"{role}-adamw"] = self._optimisers[role].tensors()
         files["random"] = {"cpu": torch.get_rng_state()}
         if self._parallel.device.type == "cuda":
             files["random"]["cuda"] = torch.cuda.get_rng_state(self._parallel.device)
@@ -229,8 +226,7 @@ class Trainer:
         state = checkpoint.read_state(path)
         for role, module in self.roles.trained.items():
             checkpoint.restore(checkpoint.module_tensors(module), checkpoint.read_tensors(path, role), role)
-            stored = checkpoint.read_tensors(path, f"{role}-adamw")
-            checkpoint.restore_optimiser(module, self._optimisers[role], stored)
+            self._optimisers[role].restore(checkpoint.read_tensors(path, f"{role}-adamw"))
         checkpoint.restore(self.average.tensors, checkpoint.read_tensors(path, "ema"), "running average")
         self.average.updates = state["averaged"]
         self.position = Position(state["update"], state["samples"])
@@ -256,17 +252,6 @@ class Trainer:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if gradients:  # the graphs add to these very tensors
             torch._foreach_zero_(gradients)
-
-    def _step(self, name: str) -> Tensor:
-        """Updates one network with its gradients of all ranks; their norm before clipping."""
-        settings, optimiser = self.settings, self._optimisers[name]
-        parameters = [p for p in self.roles.trained[name].parameters() if p.grad is not None]
-        self._parallel.average_gradients(parameters)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
-        for group in optimiser.param_groups:
-            group["lr"] = settings.lr * min(1.0, (self.iteration + 1) / max(settings.warmup, 1))
-        optimiser.step()
-        return norm
 
     def _draws(self, lane: int) -> Draws:
         """The random numbers of one forward call of this update; ``lane`` counts those of all ranks."""
