@@ -27,8 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         _distill(arguments, device)
     except TrainingStopped as stopped:
-        print(f"fvgen: stopped: {stopped}", file=sys.stderr)
-        print(f"fvgen: the last checkpoint in {arguments.output} is from before that", file=sys.stderr)
+        if (envs.launched_ranks() or (0,))[0] == 0:
+            print(f"fvgen: stopped: {stopped}", file=sys.stderr)
+            print(f"fvgen: the last checkpoint in {arguments.output} is from before that", file=sys.stderr)
         raise SystemExit(GUARD_STATUS) from None
     except Exception as error:  # safetensors has an error of its own for this
         if "No space left on device" not in str(error):
@@ -107,6 +108,7 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
         changes.setdefault("graphs", False)
     if arguments.steps is not None:
         changes["times"] = tuple(make_timesteps(arguments.steps))
+        changes["trajectory_steps"] = arguments.steps * -(-settings.trajectory_steps // arguments.steps)  # a multiple
     return replace(
         settings,
         run=arguments.method,

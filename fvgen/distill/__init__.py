@@ -1,1 +1,1 @@
-"""Distillation of the teacher into a few-step student: losses, classifier and methods. No loop, no optimisers, no files."""
+"""Distillation of the teacher into a few-step student: losses, classifier, methods, and the trainer that runs them."""

@@ -159,7 +159,9 @@ class Trainer:
             rows.append(update.statistics)
             samples.append(update.samples)
             trained = tuple(update.losses)
-        statistics = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        statistics = dict(rows[0])
+        if len(rows) > 1:
+            statistics = {name: torch.stack([row[name] for row in rows]).mean() for name in statistics}
         rate = settings.lr * min(1.0, (self.iteration + 1) / max(settings.warmup, 1))
         for name in trained:
             statistics[f"{name}_gradient"] = self._optimisers[name].step(rate)
@@ -246,7 +248,7 @@ class Trainer:
             self._batches = None
 
     def _zero(self, module: nn.Module) -> None:
-        if not self.settings.graphs:
+        if not self.settings.graphs or self._parallel.mesh is not None:
             module.zero_grad(set_to_none=True)
             return
         gradients = [p.grad for p in module.parameters() if p.grad is not None]

@@ -14,17 +14,19 @@ from safetensors.torch import load_file
 from fvgen.distill import checkpoint
 from fvgen.distill.logs import LOSSES
 from fvgen.distill.parallel import Parallel
+from fvgen.distill.settings import Cadence
 from fvgen.utils.errors import UserError
 
 from .small import SETTINGS, in_process, on_ranks, small_trainer, train
 
 TWO = replace(SETTINGS, micro_batch=2)  # two forward calls per update, on one process or on two
+RUN = {"settings": TWO, "cadence": Cadence(log=2, checkpoint=100, validate=0)}
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
-    assert in_process(train, folder, settings=TWO, iterations=3) == 0
+    assert in_process(train, folder, **RUN, iterations=3) == 0
     return folder
 
 
@@ -44,20 +46,20 @@ def compare(folder: Path, single: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["replicate", "shard"])
 def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Path) -> None:
-    assert on_ranks(2, train, tmp_path, settings=TWO, layout=layout, iterations=3) == [0, 0]
+    assert on_ranks(2, train, tmp_path, **RUN, layout=layout, iterations=3) == [0, 0]
     compare(tmp_path, single)
 
 
 def test_a_checkpoint_moves_between_layouts(single: Path, tmp_path: Path) -> None:
     """One process, then two that share the networks, then one again."""
-    assert in_process(train, tmp_path, settings=TWO, iterations=1) == 0
-    assert on_ranks(2, train, tmp_path, settings=TWO, layout="shard", iterations=2) == [0, 0]
-    assert in_process(train, tmp_path, settings=TWO, iterations=3) == 0
+    assert in_process(train, tmp_path, **RUN, iterations=1) == 0
+    assert on_ranks(2, train, tmp_path, **RUN, layout="shard", iterations=2) == [0, 0]
+    assert in_process(train, tmp_path, **RUN, iterations=3) == 0
     compare(tmp_path, single)
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
-    first, second = on_ranks(2, train, tmp_path, settings=TWO, iterations=3, dies_at=2)
+    first, second = on_ranks(2, train, tmp_path, **RUN, iterations=3, dies_at=2)
     assert second == -signal.SIGKILL
     assert first not in (0, -signal.SIGKILL)  # an error of its own, long before it would have been killed for hanging
 
