@@ -31,10 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"fvgen: stopped: {stopped}", file=sys.stderr)
             print(f"fvgen: the last checkpoint in {arguments.output} is from before that", file=sys.stderr)
         raise SystemExit(GUARD_STATUS) from None
-    except Exception as error:  # safetensors has an error of its own for this
-        if "No space left on device" not in str(error):
-            raise
-        raise UserError("the disk is full; free some space, and the same command goes on from the last checkpoint") from error
+    except Exception as error:  # by name: safetensors has an error of its own for a full disk, PyTorch one for memory
+        if "No space left on device" in str(error):
+            raise UserError("the disk is full; free some space, and the same command goes on from the last checkpoint") from error
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError("the GPU's memory ran out; lower --micro-batch, or add --checkpointing or --shard") from error
+        raise
     except KeyboardInterrupt:
         print("\nfvgen: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
@@ -132,7 +134,13 @@ def make_options(arguments: argparse.Namespace) -> Any:
         teacher=str(arguments.teacher),
         data=str(arguments.data),
         start=None if arguments.start is None else Path(arguments.start),
-        cadence=Cadence(arguments.log_every, arguments.checkpoint_every, arguments.keep, arguments.validate_every),
+        cadence=Cadence(
+            arguments.log_every,
+            arguments.checkpoint_every,
+            arguments.keep,
+            arguments.validate_every,
+            arguments.checkpoint_minutes,
+        ),
         minutes=arguments.minutes,
         validation_clips=arguments.validation_clips,
         reuse=Reuse(arguments.window, arguments.reuse, min(Reuse.block, arguments.window)),

@@ -379,6 +379,9 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     logs = parser.add_argument_group("what is left behind")
     logs.add_argument("--log-every", type=whole(1, 10**6), default=20, metavar="N", help="iterations (default: 20)")
     logs.add_argument("--checkpoint-every", type=whole(1, 10**6), default=500, metavar="N", help="iterations (default: 500)")
+    logs.add_argument(
+        "--checkpoint-minutes", type=positive(1e5), default=15.0, metavar="MIN", help="and when the last is older (default: 15)"
+    )
     logs.add_argument("--keep", type=whole(1, 10**6), default=3, metavar="N", help="checkpoints that stay (default: 3)")
     logs.add_argument(
         "--validate-every", type=whole(0, 10**6), default=500, metavar="N", help="iterations, 0 never (default: 500)"

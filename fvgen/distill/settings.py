@@ -92,6 +92,7 @@ class Cadence:
     Attributes:
         log: statistics are fetched from the device, shown and judged by the guards.
         checkpoint, keep: a checkpoint is written; so many of the newest stay.
+        minutes: a checkpoint is also written when the last one is older, once statistics are fetched.
         validate: validation clips are generated; 0 for never.
     """
 
@@ -99,6 +100,7 @@ class Cadence:
     checkpoint: int = 500
     keep: int = 3
     validate: int = 500
+    minutes: float = 15.0
 
 
 # What may differ when a run is continued: how its work is dealt out and how long it lasts, not what it computes.

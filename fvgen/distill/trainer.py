@@ -94,6 +94,7 @@ class Trainer:
         self._calls = settings.lanes // parallel.world  # forward calls of this rank per update
         self._batches: Prefetcher | None = None
         self._fetched_at = (time.monotonic(), 0)
+        self._saved_at = time.monotonic()
 
     @property
     def weight_mean(self) -> WeightMean | None:
@@ -128,13 +129,17 @@ class Trainer:
                     continue
                 self._log.tick()
                 at, last = self.iteration, self.iteration == iterations
+                save = at % cadence.checkpoint == 0 or last
+                over = False
                 if at % cadence.log == 0 or last:
                     self.collect()
-                    if deadline is not None and not last and self._parallel.agree(time.monotonic() > deadline):
-                        self.save()
-                        return False
-                if at % cadence.checkpoint == 0 or last:
+                    now = time.monotonic()
+                    over = self._parallel.agree(deadline is not None and now > deadline) and not last
+                    save |= over or self._parallel.agree(now - self._saved_at > 60 * cadence.minutes)
+                if save:
                     self.save()
+                if over:
+                    return False
                 if self._validate is not None and cadence.validate and (at % cadence.validate == 0 or last):
                     figures = self._validate(self, f"stage{self.stage}-{at:06d}")
                     self._log.scalars({f"stage{self.stage}/{k}": v for k, v in figures.items()}, at)
@@ -217,6 +222,7 @@ class Trainer:
             "files": sorted(files),
         }
         checkpoint.save(self._folder, name, files, state, self._cadence.keep, self._parallel)
+        self._saved_at = time.monotonic()
         return self._folder / name
 
     def restore(self, path: Path) -> None:

@@ -15,7 +15,7 @@ from fvgen.distill.ema import WeightAverage
 from fvgen.distill.logs import LOSSES, PROGRESS
 from fvgen.distill.networks import Draws, derived_seed
 from fvgen.distill.plan import measured_speed
-from fvgen.distill.settings import TrainSettings, changed_settings, default_settings
+from fvgen.distill.settings import Cadence, TrainSettings, changed_settings, default_settings
 from fvgen.utils.errors import UserError
 
 from .small import SETTINGS, Latents, small_trainer
@@ -117,6 +117,13 @@ def test_logs(tmp_path: Path) -> None:
     assert sum(sum(w["counts"]) for p in progress for w in p["weights"]) == 4 * SETTINGS.batch
     assert measured_speed(tmp_path) == pytest.approx(progress[1]["clips_per_second"])
     assert measured_speed(tmp_path / "none") is None
+
+
+def test_an_old_checkpoint_is_renewed(tmp_path: Path) -> None:
+    """When the statistics are fetched, every second iteration."""
+    small_trainer(tmp_path, cadence=Cadence(log=2, checkpoint=100, keep=9, validate=0, minutes=1e-6)).run(5)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", *(f"stage2-00000{i}" for i in (0, 2, 4, 5))]
 
 
 def test_calibration_of_an_exact_classifier() -> None:

@@ -132,6 +132,26 @@ def test_a_guard_ends_with_its_own_status(fvgen: Run, teacher: Path, tmp_path: P
     checkpoint.read_tensors(Path(stopped["checkpoint"]), "student")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "free some space"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"),
+    ],
+)
+def test_a_full_machine_is_told(
+    error: Exception, words: str, fvgen: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    status, _, err = fvgen(*command(teacher, tmp_path / "run", "--iterations", 1))
+    assert status == 2
+    assert words in err
+    assert "Traceback" not in err
+
+
 def test_dry_run(fvgen: Run, tmp_path: Path) -> None:
     status, out, err = fvgen(
         "distill", "--recipe", "viewcrafter_512", "--dry-run", "--output", tmp_path / "run", "--device", "cpu"
