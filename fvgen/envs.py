@@ -13,25 +13,19 @@ def kernels_mode() -> str:
     return mode
 
 
-def process() -> tuple[int, int, int]:
-    """``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as torchrun and accelerate set them; (0, 1, 0) for a lone process."""
-    found = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")]
-    if not all(value.isdecimal() for value in found) or int(found[0]) >= int(found[1]):
-        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK do not fit: {', '.join(found)}")
-    return int(found[0]), int(found[1]), int(found[2])
-
-
 def commit() -> str | None:
     """``FVGEN_COMMIT``: commit to write into results where the checkout has no git history."""
     return os.environ.get("FVGEN_COMMIT") or None
 
 
-def launched_ranks() -> tuple[int, int, int] | None:
-    """``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` of a launcher such as torchrun; None without one."""
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank is None or world is None:
+def launched() -> tuple[int, int, int] | None:
+    """``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as torchrun and accelerate set them; None for a process without a launcher."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    return int(rank), int(os.environ.get("LOCAL_RANK", rank)), int(world)
+    found = [os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("LOCAL_RANK", os.environ["RANK"])]
+    if not all(value.isdecimal() for value in found) or int(found[0]) >= int(found[1]):
+        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK do not fit: {', '.join(found)}")
+    return int(found[0]), int(found[1]), int(found[2])
 
 
 def repeatable_cublas() -> None:

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         _distill(arguments, device)
     except TrainingStopped as stopped:
-        if (envs.launched_ranks() or (0,))[0] == 0:
+        if (envs.launched() or (0,))[0] == 0:
             print(f"fvgen: stopped: {stopped}", file=sys.stderr)
             print(f"fvgen: the last checkpoint in {arguments.output} is from before that", file=sys.stderr)
         raise SystemExit(GUARD_STATUS) from None
@@ -42,12 +42,20 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(130) from None
 
 
+def _processes() -> int:
+    """How many processes a launcher has started, 1 without one."""
+    try:
+        launched = envs.launched()
+    except ValueError as error:
+        raise UserError(f"{error}; unset them or start the processes with torchrun") from None
+    return launched[1] if launched else 1
+
+
 def _distill(arguments: argparse.Namespace, device: str) -> None:
     from fvgen.distill.parallel import Parallel
     from fvgen.distill.run import distill
 
-    launched = envs.launched_ranks()
-    settings = make_settings(arguments, launched[2] if launched else 1)
+    settings = make_settings(arguments, _processes())
     options = make_options(arguments)
     if arguments.dry_run:
         show_plan(arguments, settings)
@@ -158,8 +166,7 @@ def show_plan(arguments: argparse.Namespace, settings: Any) -> None:
     from fvgen.recipes.presets import get_preset
 
     output, spec = Path(arguments.output), get_preset(settings.recipe)
-    launched = envs.launched_ranks()
-    world = launched[2] if launched else 1
+    world = _processes()
     unet = spec.unet
     middle = round(unet.get("model_channels", 320) * unet.get("channel_mult", (1, 2, 4, 4))[-1])
     methods = make_methods(settings, spec.index.base_scale, Parallel(0, 1, _cpu()))

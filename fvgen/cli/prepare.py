@@ -63,7 +63,7 @@ def _write(arguments: argparse.Namespace, output: Path) -> None:
 def _share(arguments: argparse.Namespace) -> tuple[tuple[int, int], str]:
     """(i, n) of this process, and its device: processes of one machine take one GPU each."""
     try:
-        rank, world, local = envs.process()
+        rank, world, local = envs.launched() or (0, 1, 0)
     except ValueError as error:
         raise UserError(f"{error}; unset them or start the processes with torchrun") from None
     device = choose_device(arguments.device)

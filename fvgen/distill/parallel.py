@@ -57,7 +57,7 @@ class Parallel:
         """
         if layout not in LAYOUTS:
             raise UserError(f"the layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        launched = envs.launched_ranks()
+        launched = envs.launched()
         if launched is None:
             if layout == "shard":
                 raise UserError(
@@ -68,7 +68,7 @@ class Parallel:
                 alone = torch.device("cuda", alone.index or 0)
                 torch.cuda.set_device(alone)
             return Parallel(0, 1, alone)
-        rank, local_rank, world = launched
+        rank, world, local_rank = launched
         if device.startswith("cuda"):
             if local_rank >= torch.cuda.device_count():
                 raise UserError(

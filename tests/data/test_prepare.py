@@ -148,7 +148,7 @@ def test_shares_of_a_launcher(monkeypatch: pytest.MonkeyPatch, fvgen: Run, tmp_p
 
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert envs.process() == (2, 4, 1)
+    assert envs.launched() == (2, 4, 1)
     monkeypatch.setenv("RANK", "4")
     status, _, err = fvgen("prepare", tmp_path, "--output", tmp_path / "x", "--device", "cpu")
     assert status == 2
