@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fvgen.distill.calibration import calibration, calibration_table, weight_histogram
 from fvgen.distill.guards import Record
+from fvgen.distill.networks import derived_seed
 from fvgen.distill.parallel import Parallel
 
 LOSSES = "losses.jsonl"  # one line per update; depends on the seed alone, so that two runs can be compared bit for bit
@@ -98,9 +99,9 @@ class RunLog:
         if wandb:
             import wandb as library  # its absence was told before the run began
 
-            self._wandb = library.init(
-                project="fvgen", name=folder.name, dir=str(folder), config=config, resume="allow", id=folder.name
-            )
+            name = folder.resolve().name
+            number = f"{name}-{derived_seed(str(folder.resolve())):x}"  # a continued run goes on there too
+            self._wandb = library.init(project="fvgen", name=name, dir=str(folder), config=config, resume="allow", id=number)
 
     def begin(self, stage: int, update: int, iteration: int, iterations: int) -> None:
         """A stage begins or goes on at this update."""
