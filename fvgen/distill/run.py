@@ -115,9 +115,10 @@ def distill(
     bundle.prompt, bundle.empty = bundle.prompt.to(parallel.device), bundle.empty.to(parallel.device)
     methods = make_methods(settings, bundle.index.base_scale, parallel)
     log = RunLog(output, parallel.main, options.wandb, options.record(settings))
+    worlds: dict[Reuse, SyntheticSource] = {}
     try:
         for stage in settings.stages:
-            trainer = _stage(stage, methods[stage - 1], settings, options, bundle, parallel, log, guards())
+            trainer = _stage(stage, methods[stage - 1], settings, options, bundle, parallel, log, guards(), worlds)
             if trainer is not None and not trainer.run(settings.iterations[stage - 1], end):
                 return False
     except TrainingStopped as stopped:
@@ -138,6 +139,7 @@ def _stage(
     parallel: Parallel,
     log: RunLog,
     guards: Guards,
+    worlds: dict[Reuse, SyntheticSource],
 ) -> Trainer | None:
     """The trainer of a stage, restored where it was left; None for a stage that is finished."""
     root = options.output / CHECKPOINTS
@@ -149,7 +151,7 @@ def _stage(
     before = found if found is not None else options.start
     start = None if here or before is None else starting_tensors(before)
     roles = build_roles(bundle, method, settings, parallel, start)
-    source = make_source(method, settings, options, bundle, parallel, roles.teacher)
+    source = make_source(method, settings, options, bundle, parallel, roles.teacher, worlds)
     folder, clips = options.output / "validation", options.validation_clips
     validation = Validation(bundle, folder, clips, settings.times) if clips and options.cadence.validate else None
 
@@ -207,16 +209,28 @@ def make_methods(settings: TrainSettings, base_scale: float, parallel: Parallel)
 
 
 def make_source(
-    method: Method, settings: TrainSettings, options: RunOptions, bundle: ModelBundle, parallel: Parallel, teacher: PredictV
+    method: Method,
+    settings: TrainSettings,
+    options: RunOptions,
+    bundle: ModelBundle,
+    parallel: Parallel,
+    teacher: PredictV,
+    worlds: dict[Reuse, SyntheticSource] | None = None,
 ) -> Source:
-    """The clips of a stage, with the teacher's trajectories where it is a regression on them."""
+    """The clips of a stage, with the teacher's trajectories where it is a regression on them.
+
+    Synthetic clips of an earlier stage are in ``worlds`` and are not rendered again; those of this one are added.
+    """
+    worlds = {} if worlds is None else worlds
     regression = isinstance(method, OdeRegression)
     index = bundle.index
     source: Source
     if options.data == "synthetic":
         # trajectories are drawn in any order, so they have one orientation
         reuse = replace(options.reuse, portrait_share=0.0) if regression else options.reuse
-        source = SyntheticSource(bundle, settings.batch, reuse, settings.seed, options.compile)
+        if reuse not in worlds:
+            worlds[reuse] = SyntheticSource(bundle, settings.batch, reuse, settings.seed, options.compile)
+        source = worlds[reuse]
     else:
         factor = 2 ** (len(bundle.vae.config.block_out_channels) - 1)
         shape = (index.latent_channels, index.frames, index.height // factor, index.width // factor)

@@ -58,6 +58,24 @@ def command(teacher: Path, output: Path, *more: object) -> list[object]:
     return ["distill", "--teacher", teacher, "--output", output, *small, *more]
 
 
+def test_the_second_stage_renders_no_clip_again(
+    fvgen: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fvgen.distill import synthetic
+
+    made: list[list[int]] = []
+    render = synthetic.synthetic_pairs
+
+    def note(seeds: torch.Tensor, *rest: object) -> object:
+        made.append(seeds.tolist())
+        return render(seeds, *rest)
+
+    monkeypatch.setattr(synthetic, "synthetic_pairs", note)
+    status, _, err = fvgen(*command(teacher, tmp_path / "run", "--iterations", 1))
+    assert status == 0, err
+    assert len(made) == 1, "one block of worlds serves the few samples of both stages"
+
+
 def test_from_teacher_to_video(fvgen: Run, teacher: Path, tmp_path: Path) -> None:
     output, student = tmp_path / "run", tmp_path / "student"
     status, out, err = fvgen(*command(teacher, output, "--iterations", 1, "--lr", 1e-2, "--warmup", 0))
