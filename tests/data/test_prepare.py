@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,3 +327,21 @@ def test_real_captures(fvgen: Run, tmp_path: Path) -> None:
         assert told["psnr_covered"] > 24
         assert told["coverage"] > 0.4
         assert found[told["number"]]["clean"].shape == (8, 16, 20, 32)
+
+
+def test_a_student_trains_on_it(folder: Path, model: str, fvgen: Run, tmp_path: Path) -> None:
+    """The trainer reads what was prepared, for a teacher of clips as short as these captures."""
+    teacher, shards, run = tmp_path / "teacher", tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(model, teacher)
+    index = json.loads((teacher / "model_index.json").read_text())
+    (teacher / "model_index.json").write_text(json.dumps({**index, "frames": 4}))
+    status, _, err = fvgen("prepare", folder, "--output", shards, "--model", teacher, *OPTIONS)
+    assert status == 0, err
+    given = ["--teacher", teacher, "--data", shards, "--output", run, "--batch", 1, "--critic-updates", 1, "--iterations", 1]
+    status, _, err = fvgen("distill", *given, "--stage", 1, "--validate-every", 0, "--device", "cpu")
+    assert status == 0, err
+    updates = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+    assert [u["update"] for u in updates] == ["critic", "student"]
+    held = ShardSet(shards)
+    means = [float(held[i]["clean"].mean()) for i in range(len(held))]
+    assert min(abs(updates[0]["real_mean"] - mean) for mean in means) < 1e-5
