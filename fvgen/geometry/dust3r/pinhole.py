@@ -1,0 +1,99 @@
+"""Pinhole cameras of predicted point maps: focal length, intrinsics, pose, and points of a depth map.
+
+DUSt3R counts pixel centres as integers and puts the optical axis at (W / 2, H / 2) of them. Here pixel centres are at +0.5, so
+that the same axis is at (W / 2 + 0.5, H / 2 + 0.5). :func:`optical_axis` is the only place that knows this.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fvgen.geometry.conventions import invert_rigid, rigid
+
+WEISZFELD_STEPS = 10
+INLIER_PX = 5.0
+MIN_POINTS = 4  # SQPNP needs three, RANSAC one more
+
+
+def optical_axis(size: tuple[int, int]) -> tuple[float, float]:
+    """Where DUSt3R takes the principal point (x, y) of an image of ``size`` (H, W) to be, pixel centres at +0.5."""
+    return size[1] / 2 + 0.5, size[0] / 2 + 0.5
+
+
+def intrinsics(focal: float, size: tuple[int, int]) -> Tensor:
+    """``[3, 3]`` float64 with square pixels of an image of ``size`` (H, W)."""
+    x, y = optical_axis(size)
+    return torch.tensor([[focal, 0, x], [0, focal, y], [0, 0, 1]], dtype=torch.float64)
+
+
+def pixel_centres(size: tuple[int, int]) -> Tensor:
+    """(x, y) ``[H, W, 2]`` float64."""
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) + 0.5 for n in size), indexing="ij")
+    return torch.stack([x, y], dim=-1)
+
+
+def estimate_focal(points: Tensor, axis: tuple[float, float] | None = None, limits: tuple[float, float] | None = None) -> float:
+    """Focal length in pixels under which ``points [H, W, 3]``, in the frame of their own camera, fall on their pixels.
+
+    Weiszfeld's iteration (arXiv 2312.14132, section 3.3): the sum of distances is minimised by reweighted least squares. Every
+    pixel counts. One point with a depth near zero can drive the result to zero; ``limits`` keep it in a sensible range.
+
+    Args:
+        points: camera-frame points.
+        axis: principal point (x, y), pixel centres at +0.5; that of DUSt3R when left out.
+        limits: smallest and largest focal length as multiples of that of a field of view of 60 degrees over the long side.
+    """
+    size = (points.shape[0], points.shape[1])
+    pixels = pixel_centres(size) - torch.tensor(axis or optical_axis(size), dtype=torch.float64)
+    directions = (points[..., :2].double() / points[..., 2:].double()).nan_to_num(posinf=0.0, neginf=0.0)
+    along, squared = (pixels * directions).sum(-1), directions.square().sum(-1)
+    focal = along.sum() / squared.sum()
+    for _ in range(WEISZFELD_STEPS):
+        weights = 1 / (pixels - focal * directions).norm(dim=-1).clamp(min=1e-8)
+        focal = (weights * along).sum() / (weights * squared).sum()
+    if limits is None:
+        return float(focal)
+    unit = max(size) / (2 * math.tan(math.radians(30)))
+    return float(focal.clamp(limits[0] * unit, limits[1] * unit))
+
+
+def camera_pose(points: Tensor, K: Tensor, mask: Tensor, iterations: int = 100) -> Tensor | None:
+    """``world_from_cam [4, 4]`` float64 of the camera that sees ``points [H, W, 3]`` (world frame) at their pixels.
+
+    SQPNP in RANSAC with 5 pixels of tolerance (OpenCV, whose draws are the same in every run), on the pixels in ``mask [H, W]``.
+    None where fewer than four points are left or no pose is found.
+    """
+    import cv2
+
+    if int(mask.sum()) < MIN_POINTS:
+        return None
+    pixels = pixel_centres((points.shape[0], points.shape[1]))[mask].numpy()
+    found, rotation, translation, _ = cv2.solvePnPRansac(
+        points[mask].double().numpy(),
+        pixels,
+        K.double().numpy(),
+        None,
+        iterationsCount=iterations,
+        reprojectionError=INLIER_PX,
+        flags=cv2.SOLVEPNP_SQPNP,
+    )
+    if not found or not (np.isfinite(rotation).all() and np.isfinite(translation).all()):
+        return None
+    R, t = torch.from_numpy(cv2.Rodrigues(rotation)[0]), torch.from_numpy(translation[:, 0])
+    return invert_rigid(rigid(R, t))
+
+
+def transform(pose: Tensor, points: Tensor) -> Tensor:
+    """Rigid ``pose [4, 4]`` applied to ``points [..., 3]``."""
+    return points @ pose[:3, :3].T.to(points) + pose[:3, 3].to(points)
+
+
+def unproject(depth: Tensor, K: Tensor, world_from_cam: Tensor) -> Tensor:
+    """World points ``[H, W, 3]`` float64 of a depth map ``[H, W]`` (z), taken at the pixel centres."""
+    pixels = pixel_centres((depth.shape[0], depth.shape[1]))
+    rays = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1) @ torch.linalg.inv(K.double()).T
+    return transform(world_from_cam.double(), rays * depth.double()[..., None])
