@@ -1,0 +1,88 @@
+"""Alignment of many photos on made-up scenes with known cameras."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fvgen.geometry.conventions import invert_rigid, rigid
+from fvgen.geometry.dust3r.clean import cleaned_confidence
+from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs
+from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
+from fvgen.geometry.dust3r.spanning_tree import aligned_scene, initial_state, register, spanning_tree
+from fvgen.geometry.se3 import so3_exp
+from fvgen.types import Cameras, ImageSet
+from fvgen.utils.errors import UserError
+
+SIZE, FOCAL = (24, 32), 30.0
+
+
+def _world() -> tuple[torch.Tensor, torch.Tensor]:
+    """Poses ``[3, 4, 4]``, photo 0 being the world, and exact world points ``[3, H, W, 3]``."""
+    generator = torch.Generator().manual_seed(0)
+    turns = so3_exp(torch.tensor([[0, 0, 0], [0.1, -0.2, 0.05], [-0.1, 0.3, 0.1]], dtype=torch.float64))
+    poses = rigid(turns, torch.tensor([[0, 0, 0], [0.5, -0.1, 0.2], [-0.4, 0.2, 0.1]], dtype=torch.float64))
+    depths = 3 + torch.rand(3, *SIZE, generator=generator, dtype=torch.float64)
+    return poses, torch.stack([unproject(d, intrinsics(FOCAL, SIZE), pose) for d, pose in zip(depths, poses, strict=True)])
+
+
+def _predictions() -> list[PairPrediction]:
+    poses, points = _world()
+    predictions = []
+    for k, (i, j) in enumerate(complete_pairs(3)):
+        back, sure = invert_rigid(poses[i]), torch.full(SIZE, 5.0 + k)
+        in_first = [((1 + 0.1 * k) * transform(back, points[n])).float() for n in (i, j)]
+        predictions.append(PairPrediction(i, j, in_first[0], sure, in_first[1], sure))
+    return predictions
+
+
+def test_registration_gives_a_similarity_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    R, T = so3_exp(torch.tensor([0.4, -1.0, 0.3], dtype=torch.float64)), torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+    y, weights = 2.5 * x @ R.T + T, torch.rand(50, generator=generator, dtype=torch.float64)
+    y[:5], weights[:5] = 100.0, 0.0
+    scale, rotation, translation = register(x, y, weights)
+    assert scale == pytest.approx(2.5)
+    torch.testing.assert_close(rotation, R)
+    torch.testing.assert_close(translation, T)
+    mirrored = register(x, x * torch.tensor([-1.0, 1.0, 1.0]), torch.ones(50))
+    assert torch.linalg.det(mirrored[1]) == pytest.approx(1.0)
+
+
+def test_the_tree_takes_the_best_pairs_first() -> None:
+    assert [(p.first, p.second) for p in spanning_tree(_predictions(), 3)] == [(1, 2), (0, 2)]
+
+
+def test_exact_pairs_give_the_cameras_back() -> None:
+    poses, points = _world()
+    scene = aligned_scene(ImageSet(torch.zeros(3, 3, *SIZE)), _predictions(), steps=0)
+    torch.testing.assert_close(scene.cameras.K[:, 0, 0], torch.full((3,), FOCAL), rtol=1e-5, atol=0.0)
+    first, found = invert_rigid(scene.cameras.world_from_cam[0].double()), scene.cameras.world_from_cam.double()
+    relative = first @ found
+    scale = relative[1, :3, 3].norm() / poses[1, :3, 3].norm()
+    assert 0.3 < scale < 0.7
+    expected = poses.clone()
+    expected[:, :3, 3] *= scale
+    torch.testing.assert_close(relative, expected, rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(transform(first, scene.points.double()), scale * points, rtol=0.0, atol=1e-3)
+
+
+def test_pairs_that_do_not_suffice_are_refused() -> None:
+    predictions = _predictions()
+    with pytest.raises(UserError, match="do not connect all 4 photos"):
+        spanning_tree(predictions, 4)
+    with pytest.raises(UserError, match="photo 1 is the first of no pair"):
+        initial_state(predictions[:3], 3)
+
+
+def test_a_floating_point_is_cleaned_away() -> None:
+    """Two photos from one place: what is nearer in one of them than in the surer other one goes."""
+    K = intrinsics(FOCAL, SIZE)
+    depths = torch.full((2, *SIZE), 4.0, dtype=torch.float64)
+    depths[0, 5, 7], depths[0, 6, 8], depths[1, 9, 9] = 2.0, 6.0, 2.0
+    points = torch.stack([unproject(d, K, torch.eye(4)) for d in depths]).float()
+    cameras = Cameras(torch.stack([K, K]).float(), torch.eye(4).repeat(2, 1, 1), SIZE)
+    confidence = torch.stack([torch.full(SIZE, 2.0), torch.full(SIZE, 3.0)])
+    cleaned = cleaned_confidence(points, cameras, confidence)
+    assert (cleaned == 0).nonzero().tolist() == [[0, 5, 7]]
