@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest.mock import patch
@@ -189,10 +189,15 @@ def time_once(call: Call, device: str | torch.device) -> float:
 
 
 @contextmanager
-def strict_kernels(mode: str = "strict") -> Iterator[None]:
-    """Operators on CUDA tensors raise instead of falling back to their reference inside the block, or another FVGEN_KERNELS."""
+def kernels_in(mode: str) -> Iterator[None]:
+    """Operators run in a mode of FVGEN_KERNELS inside the block."""
     with patch.dict("os.environ", {"FVGEN_KERNELS": mode}):
         yield
+
+
+def strict_kernels() -> AbstractContextManager[None]:
+    """Operators on CUDA tensors raise instead of falling back to their reference inside the block."""
+    return kernels_in("strict")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from fvgen.bench.device import GpuWatch
 from fvgen.bench.kernels import Say
-from fvgen.bench.timing import Timing, strict_kernels, synchronize
+from fvgen.bench.timing import Timing, kernels_in, synchronize
 from fvgen.models.bundle import ModelBundle
 from fvgen.pretrain.teacher import TeacherRecipe, TeacherRun
 from fvgen.recipes.presets import get_preset
@@ -48,7 +48,7 @@ def _measure(kernels: str, cuda: bool, rounds: int, quick: bool, say: Say) -> tu
         recipe = replace(recipe, batch=2, pairs=1, buffer=4, first_fill=2)
     say(f"building the tiny teacher, kernels: {kernels}")
     device = "cuda" if cuda else "cpu"
-    with strict_kernels(kernels), GpuWatch(device) as watch:
+    with kernels_in(kernels), GpuWatch(device) as watch:
         bundle = ModelBundle.random(spec)
         run = TeacherRun(recipe, spec, bundle.vae, bundle.prompt, bundle.empty, device, compile=cuda)
         say(f"{WARM_UP} steps of warm-up, then {rounds}")

@@ -16,6 +16,8 @@ from fvgen.bench.runner import RUNNERS, ModelRunner, TeacherRunner, find_runners
 from fvgen.bench.sampler import stage_calls
 from fvgen.pipeline import find_model
 
+CLOSE = 2e-5  # both in float32, added up in another order: up to 9e-6 was seen (teacher), in frames of 0 .. 1
+
 
 @pytest.fixture(scope="module")
 def tiny() -> BenchModel:
@@ -43,18 +45,18 @@ def test_student_equals_that_of_the_modules(tiny):
     for renders, seed in clips(tiny):
         before = renders.clone()
         expected = modules.clip(renders, seed)
-        assert torch.allclose(engine.clip(renders, seed), expected, atol=2e-5)
-        assert torch.allclose(by_stages(engine, renders, seed), expected, atol=2e-5)
+        assert torch.allclose(engine.clip(renders, seed), expected, atol=CLOSE)
+        assert torch.allclose(by_stages(engine, renders, seed), expected, atol=CLOSE)
         assert torch.equal(renders, before)
     condition = modules.encode(renders)
     parts = {name: call() for name, call in engine.encode_parts(renders).items()}
-    assert torch.allclose(parts["vae_encode"], condition.latents, atol=2e-5)
+    assert torch.allclose(parts["vae_encode"], condition.latents, atol=CLOSE)
     own = engine.encode(renders)
-    assert all(torch.allclose(a.text, b.text, atol=2e-5) for x, y in zip(parts["image_tower"], own.keys) for a, b in zip(x, y))  # noqa: B905
+    assert all(torch.allclose(a.text, b.text, atol=CLOSE) for x, y in zip(parts["image_tower"], own.keys) for a, b in zip(x, y))  # noqa: B905
     v = modules.forward(modules.start(condition, 1), 0, condition)
-    assert torch.allclose(engine.forward(engine.start(own, 1), 0, own), v, atol=2e-5)
+    assert torch.allclose(engine.forward(engine.start(own, 1), 0, own), v, atol=CLOSE)
     engine.release()
-    assert torch.allclose(by_stages(engine, renders, seed), expected, atol=2e-5)
+    assert torch.allclose(by_stages(engine, renders, seed), expected, atol=CLOSE)
 
 
 @pytest.mark.parametrize("scale", [7.5, 1.0])
@@ -62,8 +64,8 @@ def test_teacher_equals_that_of_the_modules(tiny, scale):
     bundle = tiny.load("cpu")
     engine, modules = EngineTeacherRunner(bundle, 3, scale), TeacherRunner(bundle, 3, scale)
     for renders, seed in clips(tiny):
-        assert torch.allclose(engine.clip(renders, seed), modules.clip(renders, seed), atol=2e-5)
-    assert torch.allclose(engine.clip(renders, seed, 1), modules.clip(renders, seed, 1), atol=2e-5)
+        assert torch.allclose(engine.clip(renders, seed), modules.clip(renders, seed), atol=CLOSE)
+    assert torch.allclose(engine.clip(renders, seed, 1), modules.clip(renders, seed, 1), atol=CLOSE)
 
 
 def test_every_runner_has_the_same_stages(tiny):
