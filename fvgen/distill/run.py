@@ -84,7 +84,13 @@ class RunOptions:
 
 
 def distill(
-    settings: TrainSettings, options: RunOptions, bundle: ModelBundle, parallel: Parallel, guards: Callable[[], Guards] = Guards
+    settings: TrainSettings,
+    options: RunOptions,
+    bundle: ModelBundle,
+    parallel: Parallel,
+    guards: Callable[[], Guards] = Guards,
+    worlds: dict[Reuse, SyntheticSource] | None = None,
+    validate: Callable[[Trainer, str], dict[str, float]] | None = None,
 ) -> bool:
     """Trains the stages that are not trained yet; False when the time ran out before.
 
@@ -94,6 +100,8 @@ def distill(
         bundle: the teacher's model; all of it but the UNet is moved to the device of ``parallel``.
         parallel: the processes.
         guards: makes the guards of a stage.
+        worlds: synthetic clips that earlier runs of this process have made and this one may use; it adds its own.
+        validate: called instead of the validation on ``options.validation_clips`` clips.
 
     Raises:
         UserError: bad settings or data, or a folder that holds something else.
@@ -115,10 +123,10 @@ def distill(
     bundle.prompt, bundle.empty = bundle.prompt.to(parallel.device), bundle.empty.to(parallel.device)
     methods = make_methods(settings, bundle.index.base_scale, parallel)
     log = RunLog(output, parallel.main, options.wandb, options.record(settings))
-    worlds: dict[Reuse, SyntheticSource] = {}
+    worlds = {} if worlds is None else worlds
     try:
         for stage in settings.stages:
-            trainer = _stage(stage, methods[stage - 1], settings, options, bundle, parallel, log, guards(), worlds)
+            trainer = _stage(stage, methods[stage - 1], settings, options, bundle, parallel, log, guards(), worlds, validate)
             if trainer is not None and not trainer.run(settings.iterations[stage - 1], end):
                 return False
     except TrainingStopped as stopped:
@@ -140,6 +148,7 @@ def _stage(
     log: RunLog,
     guards: Guards,
     worlds: dict[Reuse, SyntheticSource],
+    judge: Callable[[Trainer, str], dict[str, float]] | None,
 ) -> Trainer | None:
     """The trainer of a stage, restored where it was left; None for a stage that is finished."""
     root = options.output / CHECKPOINTS
@@ -153,11 +162,11 @@ def _stage(
     roles = build_roles(bundle, method, settings, parallel, start)
     source = make_source(method, settings, options, bundle, parallel, roles.teacher, worlds)
     folder, clips = options.output / "validation", options.validation_clips
-    validation = Validation(bundle, folder, clips, settings.times) if clips and options.cadence.validate else None
+    if judge is None and clips and options.cadence.validate:
+        validation = Validation(bundle, folder, clips, settings.times)
 
-    def validate(trainer: Trainer, name: str) -> dict[str, float]:
-        assert validation is not None
-        return validation(trainer, name, parallel.main, parallel.mesh is not None)
+        def judge(trainer: Trainer, name: str) -> dict[str, float]:
+            return validation(trainer, name, parallel.main, parallel.mesh is not None)
 
     trainer = Trainer(
         stage,
@@ -171,7 +180,7 @@ def _stage(
         log,
         {"run": options.record(settings)},
         guards,
-        validate if validation is not None else None,
+        judge,
         samples=state.get("samples", 0),
     )
     if here and found is not None:
@@ -242,7 +251,7 @@ def make_source(
         return source
     how = Integration(settings.times, settings.trajectory_steps, settings.guidance, settings.rescale)
     schedule, cache = NoiseSchedule.create(index.base_scale), options.output / "trajectories"
-    return TrajectorySource(source, settings.trajectories, teacher, schedule, how, cache, settings.seed)
+    return TrajectorySource(source, settings.trajectories, teacher, schedule, how, cache, settings.seed, settings.micro_batch)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -105,7 +105,7 @@ class SyntheticSource:
 @torch.no_grad()
 def encode(vae: nn.Module, clips: Tensor) -> Tensor:
     """``[B, T, 3, H, W]`` in [0, 1] to scaled latents ``[B, C, T, h, w]``: the posterior's mode."""
-    frames = 2 * clips.flatten(0, 1) - 1
+    frames = (2 * clips.flatten(0, 1) - 1).contiguous(memory_format=torch.channels_last)
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
         latents = torch.cat([vae.encode(f).latent_dist.mean for f in frames.split(64)]).float()
     return (latents * vae.config.scaling_factor).unflatten(0, clips.shape[:2]).transpose(1, 2)

@@ -76,7 +76,7 @@ def integrate(
 class TrajectorySource:
     """The first ``count`` clips of a source with the teacher's trajectories, each computed when first needed and kept on disk.
 
-    One at a time, so that a trajectory does not depend on the batch it was first needed in.
+    In fixed groups of ``group`` neighbours, so that a trajectory does not depend on the batch it was first needed in.
 
     Args:
         source: clips and conditions.
@@ -84,41 +84,50 @@ class TrajectorySource:
         predict_v, schedule, how: see :func:`integrate`.
         cache: folder; files appear whole.
         seed: of the noises.
+        group: clips that are integrated together.
     """
 
     def __init__(
-        self, source: Source, count: int, predict_v: PredictV, schedule: NoiseSchedule, how: Integration, cache: Path, seed: int
+        self,
+        source: Source,
+        count: int,
+        predict_v: PredictV,
+        schedule: NoiseSchedule,
+        how: Integration,
+        cache: Path,
+        seed: int,
+        group: int = 1,
     ) -> None:
         self.count = count if source.count is None else min(count, source.count)
         self._source, self._predict, self._schedule, self._how = source, predict_v, schedule, how
-        self._cache, self._seed = cache, seed
+        self._cache, self._seed, self._group = cache, seed, group
         cache.mkdir(parents=True, exist_ok=True)
 
     def read(self, indices: Sequence[int]) -> Batch:
-        made = [self._one(i) for i in indices]
-        batches, states, cleans = zip(*made, strict=True)
-        return replace(_stack(batches), ode_states=torch.stack(states), ode_clean=torch.stack(cleans))
+        from safetensors.torch import load_file
 
-    def _one(self, index: int) -> tuple[Batch, Tensor, Tensor]:
-        from safetensors.torch import load_file, save_file
+        for number in sorted({i // self._group for i in indices if not self._file(i).is_file()}):
+            self._make(number)
+        batch = self._source.read(indices)
+        stored = [load_file(self._file(i)) for i in indices]  # also of what was just made: rounded like this ever after
+        states, clean = (torch.stack([s[k] for s in stored]).float().to(batch.clean.device) for k in ("states", "clean"))
+        return replace(batch, ode_states=states, ode_clean=clean)
 
-        batch = self._source.read([index])
-        file, device = self._cache / f"{index:08d}.safetensors", batch.clean.device
-        if not file.is_file():
-            generator = torch.Generator().manual_seed(derived_seed(self._seed, "trajectory", index))
-            noise = torch.randn(batch.clean.shape, generator=generator).to(device)
-            states, clean = integrate(self._predict, self._schedule, batch.condition, noise, self._how)
+    def _file(self, index: int) -> Path:
+        return self._cache / f"{index:08d}.safetensors"
+
+    def _make(self, number: int) -> None:
+        """Integrates and stores one group."""
+        from safetensors.torch import save_file
+
+        indices = range(number * self._group, min((number + 1) * self._group, self.count))
+        batch = self._source.read(indices)
+        generators = (torch.Generator().manual_seed(derived_seed(self._seed, "trajectory", i)) for i in indices)
+        noise = torch.stack([torch.randn(batch.clean.shape[1:], generator=g) for g in generators]).to(batch.clean.device)
+        found = integrate(self._predict, self._schedule, batch.condition, noise, self._how)
+        states, clean = (x.half().cpu() for x in found)
+        for row, index in enumerate(indices):
+            file = self._file(index)
             part = file.with_name(f".{file.name}.{os.getpid()}.part")
-            save_file({"states": states[0].half().cpu().contiguous(), "clean": clean[0].half().cpu().contiguous()}, part)
+            save_file({"states": states[row].contiguous(), "clean": clean[row].contiguous()}, part)
             os.replace(part, file)
-        stored = load_file(file)  # also what was just made, so that its rounding is the same ever after
-        return batch, stored["states"].float().to(device), stored["clean"].float().to(device)
-
-
-def _stack(batches: Sequence[Batch]) -> Batch:
-    conditions = [b.condition for b in batches]
-    joined = {
-        name: torch.cat([getattr(c, name) for c in conditions]) if getattr(conditions[0], name) is not None else None
-        for name in ("latents", "context", "uncond_context", "fps")
-    }
-    return Batch(torch.cat([b.clean for b in batches]), Condition(**joined))

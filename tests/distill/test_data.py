@@ -172,6 +172,21 @@ def test_trajectories_are_kept(tmp_path: Path) -> None:
     assert first.ode_states.shape == (2, 4, *SHAPE)
 
 
+def test_a_trajectory_does_not_depend_on_what_was_asked_for(tmp_path: Path) -> None:
+    schedule, how = NoiseSchedule.create(), Integration(STUDENT_TIMES, 4, 1.0, 0.0)
+    calls: list[int] = []
+
+    def counted(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        calls.append(len(x))
+        return _teacher(x, t, condition)
+
+    one, two = (TrajectorySource(Latents(), 5, counted, schedule, how, tmp_path / name, 0, group=2) for name in ("a", "b"))
+    together, apart = one.read([1, 4, 2]), [two.read([i]) for i in (2, 1, 4)]
+    assert sorted(calls) == sorted([2, 2, 1] * 4 * 2)  # groups 0 1, 2 3 and 4, for each of the two sources
+    for whole, *parts in zip(batch_tensors(together), *(batch_tensors(b) for b in apart), strict=True):
+        assert torch.equal(whole, torch.cat([parts[1], parts[2], parts[0]]))
+
+
 def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
     asked: list[int] = []
 

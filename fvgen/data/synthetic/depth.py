@@ -71,7 +71,9 @@ def imperfect_depth(random: HashRandom, depth: Tensor, rgb: Tensor, visible: Ten
     slope = (grey[..., 1:] - grey[..., :-1]).abs()
     texture = F.avg_pool2d(F.pad(slope, (0, 1)), 9, 1, 4)[:, 0]
     score = 0.5 * torch.log(texture + 2e-3) + 0.8 * _smooth_noise(random, size, 32) + 0.4 * _smooth_noise(random, size, 8)
-    rank = score.flatten(1).argsort(1).argsort(1).view_as(score) / score[0].numel()
+    order = score.flatten(1).argsort(1)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places).view_as(score) / score[0].numel()
     valid = rank >= strength(-0.1, 0.45)
     specks = F.max_pool2d((random.uniform(*size) < strength(0.0, 0.004)).float()[:, None], 3, 1, 1)[:, 0] > 0
     valid = valid & ~specks & (visible | (strength(0, 1) < 0.15))

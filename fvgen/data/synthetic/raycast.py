@@ -51,11 +51,17 @@ def _nearest_object(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     return distance, number
 
 
+def _turned(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``matrix [..., 3, 3]`` times ``vector [..., 3]``, spelled out: a million products of 3 x 3 suit no matrix library."""
+    x, y, z = vector[..., None].unbind(-2)
+    return matrix[..., 0] * x + matrix[..., 1] * y + matrix[..., 2] * z
+
+
 def _cast(w: Worlds, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Rays ``origin [B, 3]``, ``direction [B, R, 3]`` in the world against the objects."""
     inverse = w.rotation.transpose(-1, -2) / w.extent[..., None]  # object from world, [B, N, 3, 3]
-    local_origin = torch.einsum("bnij,bnj->bni", inverse, origin[:, None] - w.centre)[:, None]
-    local_direction = (direction @ inverse.flatten(1, 2).transpose(-1, -2)).unflatten(-1, (-1, 3))
+    local_origin = _turned(inverse, origin[:, None] - w.centre)[:, None]
+    local_direction = _turned(inverse[:, None], direction[:, :, None])
     return _nearest_object(local_origin, local_direction)
 
 
@@ -125,7 +131,7 @@ def _surface(
     """Texture plane coordinates in metres ``[B, R, 2]``, world normals ``[B, R, 3]`` and surface numbers ``[B, R]``."""
     batch = torch.arange(point.shape[0], device=point.device)[:, None]
     rotation, extent = w.rotation[batch, hit], w.extent[batch, hit]
-    local = torch.einsum("brji,brj->bri", rotation, point - w.centre[batch, hit])
+    local = _turned(rotation.transpose(-1, -2), point - w.centre[batch, hit])
     unit = local / extent
     zero = torch.zeros_like(unit[..., 0])
     box = torch.where(unit.abs() >= unit.abs().amax(-1, keepdim=True), unit.sign(), 0.0)
@@ -134,7 +140,7 @@ def _surface(
     tube = torch.where(unit[..., 1:2].abs() > 0.9995, cap, torch.stack([ball[..., 0], zero, ball[..., 2]], -1))
     is_ball, is_tube = ((hit >= BOXES) & (hit < BOXES + ELLIPSOIDS))[..., None], (hit >= BOXES + ELLIPSOIDS)[..., None]
     local_normal = torch.where(is_ball, ball, torch.where(is_tube, tube, box))
-    normal = torch.einsum("brij,brj->bri", rotation, local_normal)
+    normal = _turned(rotation, local_normal)
 
     side = torch.gather(direction, -1, wall_axis[..., None]).sign()
     wall_normal = torch.zeros_like(point).scatter(-1, wall_axis[..., None], -side)
