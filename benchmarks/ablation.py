@@ -1,0 +1,232 @@
+"""Distils the small teacher in every way the paper compares, and scores all students on the same held-out clips.
+
+``python -m benchmarks.ablation OUTPUT`` trains and scores; an interrupted one goes on. ``benchmarks.ablation_report`` makes
+the table and the plots of what several of them found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fvgen import envs
+from fvgen.bench.record import context, write_records
+from fvgen.diffusion.few_step import few_step_sample
+from fvgen.diffusion.noise import seeded_noise
+from fvgen.diffusion.schedule import NoiseSchedule
+from fvgen.distill import checkpoint
+from fvgen.distill.guards import TrainingStopped
+from fvgen.distill.parallel import Parallel
+from fvgen.distill.run import CHECKPOINTS, RunOptions, distill
+from fvgen.distill.settings import Cadence, TrainSettings, default_settings
+from fvgen.distill.synthetic import Reuse, SyntheticSource
+from fvgen.distill.trainer import Trainer
+from fvgen.evaluation.frechet import FrameFeatures
+from fvgen.evaluation.heldout import clip_scores
+from fvgen.evaluation.quality import HeldOutSet, Quality
+from fvgen.evaluation.real_clips import RealClip, load_real_clip
+from fvgen.models.bundle import ModelBundle
+from fvgen.pipeline import find_model
+from fvgen.sampling import ModelSampler
+from fvgen.utils.errors import UserError
+
+# What is trained under each name, and whose first stage it goes on from.
+ROWS: dict[str, tuple[str, tuple[int, ...], str | None]] = {
+    "stage_one_only": ("stage_one_only", (1,), None),
+    "fvgen": ("fvgen", (2,), "stage_one_only"),
+    "reverse_kl": ("reverse_kl", (2,), "stage_one_only"),
+    "no_stage_one": ("no_stage_one", (1,), None),
+    "dmd2": ("dmd2", (1,), None),
+    "causvid": ("causvid", (1, 2), None),
+}
+SCORES, CURVE = "scores.json", "curve.jsonl"
+
+
+class Ablation:
+    """Teacher, clips and scores that all runs share.
+
+    Args:
+        bundle: the teacher's model; on ``parallel``'s device.
+        output: one folder per run, and the scores.
+        settings: what all runs have in common; method, stages, iterations and seed are set per run.
+        iterations: of the first and of the second stage. A run with one stage of matching gets the second number, dmd2 both.
+        clips: held-out clips for the scores; curve_clips: for the curves, every ``cadence.validate`` iterations.
+        reuse: the synthetic clips, the same for all runs.
+        real: real clips by name.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        output: Path,
+        settings: TrainSettings,
+        iterations: tuple[int, int],
+        clips: int,
+        curve_clips: int,
+        reuse: Reuse,
+        cadence: Cadence,
+        parallel: Parallel,
+        real: dict[str, RealClip],
+    ) -> None:
+        self._bundle, self._output, self._settings, self._iterations = bundle, output, settings, iterations
+        self._curve_clips, self._reuse, self._cadence, self._parallel, self._real = curve_clips, reuse, cadence, parallel, real
+        self._compile = parallel.device.type == "cuda"
+        self._worlds: dict[Reuse, SyntheticSource] = {}
+        self._schedule = NoiseSchedule.create(bundle.index.base_scale)
+        self._held_out = HeldOutSet(bundle, clips, min(8, clips), FrameFeatures(bundle.vae), self._compile)
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / SCORES
+        self._scores: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+
+    def baselines(self) -> None:
+        """The teacher at 4 and 50 DDIM steps and under the student's sampler, and the truth through the VAE."""
+        sampler = ModelSampler(self._bundle)
+        ways: dict[str, Callable[..., Any]] = {
+            "teacher4": lambda c, seed: sampler.ddim(c, 4, noise=sampler.noise(seed)),
+            "teacher50": lambda c, seed: sampler.ddim(c, 50, noise=sampler.noise(seed)),
+            "untrained": lambda c, seed: sampler.few_step(c, noise=sampler.noise(seed)),
+        }
+        for name, way in ways.items():
+            if not self._done(name, 0):
+                self._add(name, 0, self._held_out.score(way), self._on_real(way))
+        if not self._done("vae", 0):
+            codec = self._held_out.codec
+
+            def through_vae(_condition: Any, _seed: int, truth: torch.Tensor) -> torch.Tensor:
+                ends = (0, 0, 0, 0, 0, 0, 1, 1)  # the photos, which are not scored
+                return codec.decode(codec.encode(nn.functional.pad(truth.float() / 255, ends)))
+
+            self._add("vae", 0, self._held_out.score_frames(through_vae), {})
+
+    def run(self, row: str, seed: int) -> None:
+        """Trains one student and scores it, unless that has been done."""
+        if self._done(row, seed):
+            return
+        name, stages, before = ROWS[row]
+        if before is not None:
+            self.run(before, seed)
+        first, second = self._iterations
+        iterations = {"stage_one_only": (first,), "no_stage_one": (second,), "dmd2": (first + second,)}.get(name, (first, second))
+        settings = replace(self._settings, run=name, stages=stages, iterations=iterations, seed=seed)
+        folder = self._output / f"{row}-{seed}"
+        start = None if before is None else self._output / f"{before}-{seed}"
+        options = RunOptions(folder, "tiny", start=start, cadence=self._cadence, reuse=self._reuse, compile=self._compile)
+        stopped = ""
+        try:
+            distill(settings, options, self._bundle, self._parallel, worlds=self._worlds, validate=self._curve(folder))
+        except TrainingStopped as reason:
+            stopped = str(reason)
+        found = checkpoint.latest(folder / CHECKPOINTS)
+        assert found is not None
+        student = copy.copy(self._bundle)
+        student.unet = copy.deepcopy(self._bundle.unet).float()
+        checkpoint.restore(checkpoint.module_tensors(student.unet), checkpoint.read_tensors(found, "ema"), "student")
+        student.unet.to(self._parallel.device)
+        sampler = ModelSampler(student)
+
+        def way(condition: Any, number: int) -> torch.Tensor:
+            return sampler.few_step(condition, noise=sampler.noise(number))
+
+        facts = {"iterations": list(iterations), "checkpoint": found.name, "lr": settings.lr, "batch": settings.batch}
+        facts |= {"stopped": stopped} if stopped else {}
+        self._add(row, seed, self._held_out.score(way), self._on_real(way), facts)
+
+    def _curve(self, folder: Path) -> Callable[[Trainer, str], dict[str, float]]:
+        def judge(trainer: Trainer, name: str) -> dict[str, float]:
+            def way(condition: Any, number: int) -> torch.Tensor:
+                noise = seeded_noise(number, condition.latents.device)
+                return few_step_sample(trainer.roles.sampler, self._schedule, condition, condition.latents.shape, noise)
+
+            with trainer.average.applied():
+                found = self._held_out.score(way, self._curve_clips)
+            line = {"stage": trainer.stage, "iteration": trainer.iteration, **asdict(found)}
+            with (folder / CURVE).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            return {"psnr": found.psnr, "frechet": found.frechet}
+
+        return judge
+
+    def _on_real(self, way: Callable[..., torch.Tensor]) -> dict[str, float]:
+        sampler, scores = ModelSampler(self._bundle, engine=False), {}
+        for name, clip in self._real.items():
+            latents = way(sampler.condition(clip.renders.rgb[None]), 0)
+            video = self._held_out.codec.decode(latents)
+            found = clip_scores(name, video, clip.truth[None], clip.renders.coverage[None])
+            scores[name] = found[name][0]
+        return scores
+
+    def _done(self, row: str, seed: int) -> bool:
+        return any(s["row"] == row and s["seed"] == seed for s in self._scores)
+
+    def _add(self, row: str, seed: int, found: Quality, real: dict[str, float], facts: dict[str, Any] | None = None) -> None:
+        self._scores.append({"row": row, "seed": seed, **asdict(found), "real_psnr": real, **(facts or {})})
+        write_records(self._output / SCORES, self._scores)
+        print(
+            f"{row:16} seed {seed}  {found.psnr:6.2f} dB  SSIM {found.ssim:.4f}  Frechet {found.frechet:.4f}  {real}", flush=True
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--teacher", default="tiny", help="model directory, or tiny for the bundled one")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--iterations", nargs=2, type=int, default=(500, 350), metavar=("STAGE1", "STAGE2"))
+    parser.add_argument("--lr", type=float, help="learning rate of all networks")
+    parser.add_argument("--critic-updates", type=int, help="per update of the student")
+    parser.add_argument("--clips", type=int, default=256, help="held-out clips that are scored")
+    parser.add_argument("--curve-clips", type=int, default=32)
+    parser.add_argument("--curve-every", type=int, default=50, metavar="ITERATIONS")
+    parser.add_argument("--window", type=int, default=2048, help="synthetic clips per orientation that all runs train on")
+    parser.add_argument("--real", nargs=3, action="append", default=[], metavar=("SCENE", "FIRST", "LAST"))
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    envs.repeatable_cublas()
+    parallel = Parallel.start(options.device)
+    device = parallel.device
+    try:
+        bundle = ModelBundle.from_pretrained(find_model(options.teacher)).to(device)
+        index = bundle.index
+        real = {
+            f"{Path(scene).name} {first}-{last}": load_real_clip(
+                scene, int(first), int(last), index.sizes(), index.compositor, str(device)
+            )
+            for scene, first, last in options.real
+        }
+        changes = {"lr": options.lr, "critic_updates": options.critic_updates, "trajectories": 512}
+        settings = replace(default_settings("tiny"), **{k: v for k, v in changes.items() if v is not None}, repeatable=False)
+        ablation = Ablation(
+            bundle,
+            options.output,
+            settings,
+            tuple(options.iterations),
+            options.clips,
+            options.curve_clips,
+            Reuse(options.window, 10**9, 32),  # never moves on: the same clips for all
+            Cadence(log=50, checkpoint=10**9, keep=1, validate=options.curve_every),
+            parallel,
+            real,
+        )
+        command = shlex.join(["python", "-m", "benchmarks.ablation", *(sys.argv[1:] if arguments is None else arguments)])
+        write_records(options.output / "context.json", [{"name": "context", **context(command)}])
+        ablation.baselines()
+        for seed in options.seeds:
+            for row in options.rows:
+                ablation.run(row, seed)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
