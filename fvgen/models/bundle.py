@@ -3,6 +3,8 @@
 model_index.json            kind, preset, sizes, sampling defaults
 unet/ vae/ image_encoder/ image_projector/      config.json, diffusion_pytorch_model.safetensors
 prompt.safetensors          prompt [77, D], empty [77, D]
+
+Or, where only the UNet differs from another model's, that difference; see ``difference.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from fvgen.utils.errors import UserError
 
+from . import difference
 from .spec import COMPONENTS, ModelIndex, ModelSpec
 
 KIND = "fvgen"
@@ -91,6 +94,11 @@ class ModelBundle:
 
         root = Path(directory)
         index = read_index(root)
+        if (root / difference.FILE).is_file():
+            bundle = ModelBundle.from_pretrained(difference.base_directory(root))
+            difference.add_difference(bundle.unet, root)
+            bundle.index = index
+            return bundle.to(device, dtype)
         missing = [f"{name}/{file}" for name in COMPONENTS for file in ("config.json", WEIGHTS_FILE)] + [PROMPT_FILE]
         missing = [part for part in missing if not (root / part).is_file()]
         if missing:
