@@ -100,3 +100,9 @@ class TritonKernel:
         source = ASTSource(function, {n: signature[n] for n in function.arg_names}, self.constants, aligned)
         options = {"num_warps": self.warps, **({} if self.stages is None else {"num_stages": self.stages})}
         return triton.compile(source, target=GPUTarget("cuda", max(capability, self.least), 32), options=options)
+
+
+def column_sums_kernel(kind: str) -> TritonKernel:
+    """The sums at the end of a backward pass, for weights of this Triton type."""
+    signature = {"partial_ptr": "*fp32", "first_ptr": kind, "second_ptr": kind, "rows": "i32", "channels": "i32"}
+    return TritonKernel("_triton_sums", "column_sums_kernel", signature, {"BLOCK_R": 256, "BLOCK_C": 16}, warps=8)

@@ -81,7 +81,15 @@ FORWARD = OpSpec(
     tolerance=Tolerance(forward=1e-6, backward=1e-6),
     cost=_cost,
     baselines={"eager": reference.eager},
-    kernels=(TritonKernel("geglu.triton", "geglu_kernel", {"x_ptr": "*bf16", "out_ptr": "*bf16", **_SIZES}, _TILE),),
+    kernels=tuple(
+        TritonKernel(
+            "geglu.triton",
+            "geglu_kernel",
+            {**dict.fromkeys(("x_ptr", "out_ptr"), kind), **_SIZES},
+            {"EXACT": kind == "*fp32", "ALONG": True, "ONCE": False, "BLOCK_M": 8, "BLOCK_C": 256},
+        )
+        for kind in ("*bf16", "*fp32")
+    ),
 )
 BACKWARD = OpSpec(
     name="geglu_backward",

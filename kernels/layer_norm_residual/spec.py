@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fvgen.kernels._library import build_op
 from fvgen.kernels._spec import Case, Cost, OpSpec, Tolerance
-from fvgen.kernels._triton import TritonKernel, launcher, unavailable, unsupported
+from fvgen.kernels._triton import TritonKernel, column_sums_kernel, launcher, unavailable, unsupported
 from fvgen.kernels.layer_norm_residual import reference
 
 
@@ -88,13 +88,9 @@ _TYPES = {
 }
 
 
-def _kernels(name: str, arguments: str, tile: int) -> tuple[TritonKernel, ...]:
-    """For 320 and 1280 channels, rounded up to a power of two."""
+def _kernel(name: str, arguments: str, tile: dict[str, int]) -> TritonKernel:
     signature = {n: _TYPES[n] for n in arguments.split()}
-    return tuple(
-        TritonKernel("layer_norm_residual.triton", name, signature, {"HAS_RESIDUAL": True, "BLOCK_R": tile // c, "BLOCK_C": c})
-        for c in (512, 2048)
-    )
+    return TritonKernel("layer_norm_residual.triton", name, signature, {"HAS_RESIDUAL": True, **tile})
 
 
 _SHAPES = {
@@ -130,10 +126,13 @@ FORWARD = OpSpec(
     tolerance=Tolerance(forward=1e-5, backward=2e-5),
     cost=_cost,
     baselines={"eager": reference.layer_norm_residual, "library": _library},
-    kernels=_kernels(
-        "layer_norm_kernel",
-        "x_ptr residual_ptr weight_ptr bias_ptr out_ptr total_ptr mean_ptr rstd_ptr eps rows channels",
-        4096,
+    kernels=tuple(  # for 320 and 1280 channels, rounded up to a power of two
+        _kernel(
+            "layer_norm_kernel",
+            "x_ptr residual_ptr weight_ptr bias_ptr out_ptr total_ptr mean_ptr rstd_ptr eps rows channels",
+            {"BLOCK_R": 4096 // c, "BLOCK_C": c},
+        )
+        for c in (512, 2048)
     ),
 )
 BACKWARD = OpSpec(
@@ -153,10 +152,16 @@ BACKWARD = OpSpec(
     tolerance=Tolerance(forward=2e-5),
     cost=_backward_cost,
     baselines={"eager": reference.layer_norm_residual_backward},
-    kernels=_kernels(
-        "layer_norm_backward_kernel",
-        "grad_ptr grad_total_ptr total_ptr weight_ptr mean_ptr rstd_ptr out_ptr partial_ptr rows channels programs steps",
-        2048,
+    kernels=(
+        *(
+            _kernel(
+                "layer_norm_backward_kernel",
+                "grad_ptr grad_total_ptr total_ptr weight_ptr mean_ptr rstd_ptr out_ptr partial_ptr rows channels programs steps",
+                {"HALVES": halves, "BLOCK_R": 1024 // c, "BLOCK_C": c},
+            )
+            for halves, c in ((False, 64), (True, 256), (True, 1024))  # 64, 320 and 1280 channels
+        ),
+        column_sums_kernel("*bf16"),
     ),
 )
 

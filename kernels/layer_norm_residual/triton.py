@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # elements of a forward tile of whole rows; the backward pass holds more of them and takes half
-PROGRAMS = 512  # at most, in the backward pass: each leaves one partial row for weight and bias
+from fvgen.kernels._triton_sums import column_sums
+
+
+class Launch(NamedTuple):
+    """Of the backward pass, whose programs stay and leave one partial row each for weight and bias."""
+
+    warps: int
+    per_multiprocessor: int
+
+
+TILE = 4096  # elements of a forward tile of whole rows
+BACKWARD = Launch(
+    warps=4, per_multiprocessor=3
+)  # 12 warps have up to 160 registers a thread; benchmarks/tune_norms.py tries others
 
 
 @triton.jit
@@ -40,39 +54,91 @@ def layer_norm_kernel(
 
 
 @triton.jit
+def _load_piece(grad_ptr, grad_total_ptr, total_ptr, o_r, o_c, rows, channels, HAS_RESIDUAL: tl.constexpr, USED: tl.constexpr):
+    """dy, dtotal and the sum as they are stored, [BLOCK_R, BLOCK_C] each."""
+    m_x = (o_r < rows)[:, None] & (o_c < channels)[None, :]
+    o_x = o_r[:, None] * channels + o_c[None, :]
+    if USED:
+        b_x = tl.load(total_ptr + o_x, mask=m_x, other=0.0)
+        b_dy = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
+    else:
+        b_x = tl.zeros(o_x.shape, total_ptr.dtype.element_ty)
+        b_dy = b_x
+    b_dt = b_dy
+    if USED and HAS_RESIDUAL:
+        b_dt = tl.load(grad_total_ptr + o_x, mask=m_x, other=0.0)
+    return b_dy, b_dt, b_x
+
+
+@triton.jit
+def _store_piece(out_ptr, b_g, b_normal, b_dt, b_across, b_along, b_rstd, o_r, o_c, rows, channels, HAS_RESIDUAL: tl.constexpr):
+    m_x = (o_r < rows)[:, None] & (o_c < channels)[None, :]
+    b_dx = b_rstd[:, None] * (b_g - b_across[:, None] - b_normal * b_along[:, None])
+    if HAS_RESIDUAL:
+        b_dx += b_dt.to(tl.float32)
+    tl.store(out_ptr + o_r[:, None] * channels + o_c[None, :], b_dx.to(out_ptr.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
 def layer_norm_backward_kernel(
     grad_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, out_ptr, partial_ptr, rows, channels, programs, steps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HALVES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (w dy - mean(w dy) - xhat mean(w dy xhat)) + dtotal; sums of dy xhat and dy over the program's rows."""
+    """dx = rstd (w dy - mean(w dy) - xhat mean(w dy xhat)) + dtotal; sums of dy xhat and dy over the program's rows.
+
+    A row longer than BLOCK_C is done as two pieces, so that a warp has whole rows where BLOCK_C is 256 and each thread keeps the
+    two sums of its channels in registers to the end. The next rows are on their way while these are worked on.
+    """
     i_p = tl.program_id(0).to(tl.int64)
+    stride = tl.cast(programs, tl.int64) * BLOCK_R
     o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_dw = tl.zeros([BLOCK_C], tl.float32)
-    b_db = tl.zeros([BLOCK_C], tl.float32)
-    for i_s in range(0, steps):
-        o_r = (i_s * programs + i_p) * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_r = o_r < rows
-        m_x = m_r[:, None] & m_c[None, :]
-        o_x = o_r[:, None] * channels + o_c[None, :]
-        b_mean = tl.load(mean_ptr + o_r, mask=m_r, other=0.0)
-        b_rstd = tl.load(rstd_ptr + o_r, mask=m_r, other=0.0)
-        b_x = tl.load(total_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_x = tl.where(m_x, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
-        b_dy = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_dw += tl.sum(b_dy * b_x, 0)
-        b_db += tl.sum(b_dy, 0)
-        b_dy *= b_w[None, :]
-        b_across = tl.sum(b_dy, 1) / channels
-        b_along = tl.sum(b_dy * b_x, 1) / channels
-        b_dx = b_rstd[:, None] * (b_dy - b_across[:, None] - b_x * b_along[:, None])
-        if HAS_RESIDUAL:
-            b_dx += tl.load(grad_total_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-        tl.store(out_ptr + o_x, b_dx.to(out_ptr.dtype.element_ty), mask=m_x)
-    p_out = partial_ptr + i_p * channels + o_c
-    tl.store(p_out, b_dw, mask=m_c)
-    tl.store(p_out + tl.cast(programs, tl.int64) * channels, b_db, mask=m_c)
+    o_d = BLOCK_C + o_c
+    o_r = i_p * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_wc = tl.load(weight_ptr + o_c, mask=o_c < channels, other=0.0).to(tl.float32)
+    b_wd = tl.load(weight_ptr + o_d, mask=o_d < channels, other=0.0).to(tl.float32)
+    b_dwc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    b_dbc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    b_dwd = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    b_dbd = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    b_yc, b_tc, b_xc = _load_piece(grad_ptr, grad_total_ptr, total_ptr, o_r, o_c, rows, channels, HAS_RESIDUAL, True)
+    b_yd, b_td, b_xd = _load_piece(grad_ptr, grad_total_ptr, total_ptr, o_r, o_d, rows, channels, HAS_RESIDUAL, HALVES)
+    b_mean = tl.load(mean_ptr + o_r, mask=o_r < rows, other=0.0)
+    b_rstd = tl.load(rstd_ptr + o_r, mask=o_r < rows, other=0.0)
+    for _ in range(0, steps):
+        o_n = o_r + stride
+        n_yc, n_tc, n_xc = _load_piece(grad_ptr, grad_total_ptr, total_ptr, o_n, o_c, rows, channels, HAS_RESIDUAL, True)
+        n_yd, n_td, n_xd = _load_piece(grad_ptr, grad_total_ptr, total_ptr, o_n, o_d, rows, channels, HAS_RESIDUAL, HALVES)
+        n_mean = tl.load(mean_ptr + o_n, mask=o_n < rows, other=0.0)
+        n_rstd = tl.load(rstd_ptr + o_n, mask=o_n < rows, other=0.0)
+
+        b_normal = (b_xc.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]  # not masked: dy is zero there
+        b_g = b_yc.to(tl.float32)
+        b_dwc += b_g * b_normal
+        b_dbc += b_g
+        b_g *= b_wc[None, :]
+        b_sum, b_dot = b_g, b_g * b_normal
+        if HALVES:
+            b_other = (b_xd.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+            b_h = b_yd.to(tl.float32)
+            b_dwd += b_h * b_other
+            b_dbd += b_h
+            b_h *= b_wd[None, :]
+            b_sum += b_h
+            b_dot += b_h * b_other
+        b_across = tl.sum(b_sum, 1) / channels
+        b_along = tl.sum(b_dot, 1) / channels
+        _store_piece(out_ptr, b_g, b_normal, b_tc, b_across, b_along, b_rstd, o_r, o_c, rows, channels, HAS_RESIDUAL)
+        if HALVES:
+            _store_piece(out_ptr, b_h, b_other, b_td, b_across, b_along, b_rstd, o_r, o_d, rows, channels, HAS_RESIDUAL)
+        o_r, b_mean, b_rstd = o_n, n_mean, n_rstd
+        b_yc, b_tc, b_xc, b_yd, b_td, b_xd = n_yc, n_tc, n_xc, n_yd, n_td, n_xd
+    p_dw = partial_ptr + i_p * channels
+    p_db = p_dw + tl.cast(programs, tl.int64) * channels
+    tl.store(p_dw + o_c, tl.sum(b_dwc, 0), mask=o_c < channels)
+    tl.store(p_db + o_c, tl.sum(b_dbc, 0), mask=o_c < channels)
+    if HALVES:
+        tl.store(p_dw + o_d, tl.sum(b_dwd, 0), mask=o_d < channels)
+        tl.store(p_db + o_d, tl.sum(b_dbd, 0), mask=o_d < channels)
 
 
 def layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -90,22 +156,28 @@ def layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
     return out, total, mean, rstd
 
 
+def backward_tile(channels: int, warps: int) -> dict[str, int]:
+    """Tiles of 8 elements a thread, two side by side where a row is longer than a warp's 256."""
+    block_c = triton.next_power_of_2(channels)
+    halves = block_c > 256
+    block_c //= 1 + halves
+    return {"HALVES": halves, "BLOCK_R": max(1, 256 * warps // block_c), "BLOCK_C": block_c}
+
+
 def layer_norm_residual_backward(
-    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, launch: Launch = BACKWARD
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels = total.shape
     out = torch.empty_like(total)
     if not total.numel():
         return out, torch.zeros_like(weight), torch.zeros_like(weight)
-    block_c = triton.next_power_of_2(channels)
-    block_r = min(64, max(1, TILE // 2 // block_c))
-    tiles = triton.cdiv(rows, block_r)
-    programs = min(tiles, PROGRAMS)
+    tile = backward_tile(channels, launch.warps)
+    tiles = triton.cdiv(rows, tile["BLOCK_R"])
+    multiprocessors = torch.cuda.get_device_properties(total.device).multi_processor_count
+    programs = min(tiles, launch.per_multiprocessor * multiprocessors)
     partial = total.new_empty((2, programs, channels), dtype=torch.float32)
     layer_norm_backward_kernel[(programs,)](
         grad, grad_total, total, weight, mean, rstd, out, partial, rows, channels, programs, triton.cdiv(tiles, programs),
-        HAS_RESIDUAL=grad_total.numel() > 0, BLOCK_R=block_r, BLOCK_C=block_c,
+        HAS_RESIDUAL=grad_total.numel() > 0, **tile, num_warps=launch.warps,
     )  # fmt: skip
-    grad_weight, grad_bias = partial.sum(1).unbind(0)
-    # copies: an operator must not return two views of one tensor
-    return out, grad_weight.to(weight.dtype, copy=True), grad_bias.to(weight.dtype, copy=True)
+    return out, *column_sums(partial, weight, weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fvgen.kernels.geglu.triton import geglu_backward
+from fvgen.kernels.geglu.triton import geglu_backward, gelu
 
 
 class Tiles(NamedTuple):
@@ -31,7 +31,6 @@ class Tiles(NamedTuple):
     persistent: int = 0
 
 
-FAR = tl.constexpr(32.0)  # Phi(-32) is zero in float32; an infinite gate would make 0 times infinity of it
 GROUP_M = 8  # tiles of rows that go through the channels together, so that their rows of x and the weight stay in the L2 cache
 DEFAULT = Tiles(128, 64, 64, warps=4, stages=3)
 MEASURED: dict[
@@ -46,24 +45,6 @@ MEASURED: dict[
 }
 POINTERS = Tiles(128, 64, 32, warps=8, stages=3)
 POINTERS_FLOAT32 = Tiles(64, 32, 32, warps=8, stages=2)
-
-
-@triton.jit
-def _gelu(b_g, EXACT: tl.constexpr):
-    """g Phi(g); for half precision as max(g, 0) - |g| Phi(-|g|), with a polynomial for the binary logarithm of Phi(-|g|)."""
-    if EXACT:
-        b_out = b_g * (0.5 * (1.0 + tl.erf(b_g * 0.7071067811865476)))
-    else:
-        b_a = tl.minimum(tl.abs(b_g), FAR, propagate_nan=tl.PropagateNan.ALL)
-        b_p = -1.760321538313292e-06 * b_a + 6.000193752697669e-05
-        b_p = b_p * b_a - 0.0009170437697321177
-        b_p = b_p * b_a + 0.008451071567833424
-        b_p = b_p * b_a - 0.05383552610874176
-        b_p = b_p * b_a - 0.45859789848327637
-        b_p = b_p * b_a - 1.1511940956115723
-        b_p = b_p * b_a - 1.0
-        b_out = tl.maximum(b_g, 0.0) - b_a * tl.exp2(b_p)
-    return b_out
 
 
 @triton.jit
@@ -100,7 +81,7 @@ def _descriptor_tile(
     if BIAS_LAST:
         b_h += _bias(bias_ptr, i_n, channels, 2, BLOCK_N)
     b_u, b_g = tl.split(tl.permute(tl.reshape(b_h, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1]))
-    out_desc.store([i_m, i_n], (b_u * _gelu(b_g, EXACT)).to(out_desc.dtype))
+    out_desc.store([i_m, i_n], (b_u * gelu(b_g, EXACT)).to(out_desc.dtype))
 
 
 @triton.jit
@@ -150,7 +131,7 @@ def pointer_kernel(
         b_u = tl.dot(b_x, b_wu, b_u, input_precision="ieee")
         b_g = tl.dot(b_x, b_wg, b_g, input_precision="ieee")
     p_out = out_ptr + o_m.to(tl.int64)[:, None] * channels + o_n[None, :]
-    tl.store(p_out, (b_u * _gelu(b_g, EXACT)).to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    tl.store(p_out, (b_u * gelu(b_g, EXACT)).to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 def tiles_for(rows: int, inner: int, channels: int) -> Tiles:

@@ -79,12 +79,12 @@ def test_wrong_arguments_are_named():
 
 _GELU = """
 import triton, triton.language as tl, torch
-from fvgen.kernels.linear_geglu.triton import _gelu
+from fvgen.kernels.geglu.triton import gelu
 
 @triton.jit
 def kernel(g_ptr, out_ptr, N: tl.constexpr):
     o_n = tl.arange(0, N)
-    tl.store(out_ptr + o_n, _gelu(tl.load(g_ptr + o_n), False))
+    tl.store(out_ptr + o_n, gelu(tl.load(g_ptr + o_n), False))
 
 gate = torch.linspace(-6.4, 6.4, 4096)
 out = torch.empty_like(gate)
