@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fvgen.kernels._library import build_op
 from fvgen.kernels._spec import Case, Cost, OpSpec, Tolerance
-from fvgen.kernels._triton import TritonKernel, launcher, unavailable, unsupported
+from fvgen.kernels._triton import TritonKernel, column_sums_kernel, launcher, unavailable, unsupported
 from fvgen.kernels.group_norm_silu import reference
 
 
@@ -157,8 +157,11 @@ _FORMS_BACKWARD = ({"HAS_RESIDUAL": False, "EMB": 2}, {"HAS_RESIDUAL": True, "EM
 _WIDTHS = (16, 64)  # 320 and 1280 channels in 32 groups: 10 and 40, rounded up to a power of two
 
 
-def _kernel(name: str, arguments: str, constants: dict, warps: int = 4) -> TritonKernel:
-    return TritonKernel("group_norm_silu.triton", name, {n: _TYPES[n] for n in arguments.split()}, constants, warps)
+def _kernel(name: str, arguments: str, constants: dict, warps: int = 4, module: str = "triton") -> TritonKernel:
+    return TritonKernel(f"group_norm_silu.{module}", name, {n: _TYPES[n] for n in arguments.split()}, constants, warps)
+
+
+_kernel_backward = partial(_kernel, module="triton_backward")
 
 
 _SHAPES: dict[str, dict] = {
@@ -251,7 +254,7 @@ BACKWARD = OpSpec(
     " int groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.group_norm_silu_backward,
     fake=_fake_backward,
-    fast=launcher("group_norm_silu.triton", "group_norm_silu_backward"),
+    fast=launcher("group_norm_silu.triton_backward", "group_norm_silu_backward"),
     available=unavailable,
     supports=lambda grad, grad_total, x, weight, bias, emb, mean, rstd, *_: (
         unsupported(grad, grad_total, x, weight, bias, emb) or unsupported(mean, rstd, dtypes=(torch.float32,))
@@ -263,29 +266,41 @@ BACKWARD = OpSpec(
     baselines={"eager": reference.group_norm_silu_backward},
     kernels=(
         *(
-            _kernel(
+            _kernel_backward(
                 "sums_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} partial_ptr {_SIZES} programs",
-                {**_TILE, **form, "EMB_SUMS": True, "SILU": True},
+                {**_TILE, **form, "EMB_SUMS": True, "SILU": True, "UNROLL": 4},
             )
             for form in _FORMS_BACKWARD
         ),
         *(
-            _kernel(
+            _kernel_backward(
                 "combine_backward_kernel",
                 f"partial_ptr weight_ptr rstd_ptr means_ptr sums_ptr grad_emb_ptr {_SIZES} programs samples",
-                {"EMB_SUMS": True, "BLOCK_P": 1024 // j, "BLOCK_J": j},
+                {"EMB_SUMS": True, "BLOCK_P": 4096 // j, "BLOCK_J": j},
+                warps=8,
             )
             for j in _WIDTHS
         ),
         *(
-            _kernel(
+            _kernel_backward(
                 "gradient_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} means_ptr out_ptr {_SIZES} programs",
-                {**_TILE, **form, "SILU": True},
+                {**_TILE, **form, "SILU": True, "ROWS": 64, "ONCE": True},
             )
             for form in _FORMS_BACKWARD
         ),
+        *(
+            _kernel_backward(
+                "small_backward_kernel",
+                f"grad_ptr grad_total_ptr {_AFFINE} sums_ptr grad_emb_ptr out_ptr {_SIZES} samples",
+                {**form, "EMB_SUMS": True, "SILU": True, "BLOCK_R": reference.SMALL // j, "BLOCK_J": j},
+                warps=8,
+            )
+            for form in _FORMS_BACKWARD
+            for j in _WIDTHS
+        ),
+        column_sums_kernel("*bf16"),
     ),
 )
 

@@ -20,13 +20,7 @@ PROGRAMS = 1024  # as many as keep a large GPU busy: beyond, a program takes mor
 
 
 @triton.jit
-def _d_silu(b_z):
-    b_s = tl.sigmoid(b_z)
-    return b_s * (1.0 + b_z * (1.0 - b_s))
-
-
-@triton.jit
-def _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB: tl.constexpr):
+def embedding(emb_ptr, i_n, o_c, channels, m_c, EMB: tl.constexpr):
     """EMB = 0: none, 1: one row for all samples, 2: a row for each."""
     if EMB == 2:
         emb_ptr += i_n * channels
@@ -63,7 +57,7 @@ def statistics_kernel(
     else:
         source_ptr, stride, m_own = x_ptr, channels, m_c
         p_x = i_row * channels + o_c
-    b_emb = _embedding(emb_ptr, i_n, o_c, own, m_own, EMB)
+    b_emb = embedding(emb_ptr, i_n, o_c, own, m_own, EMB)
     b_pivot = tl.load(source_ptr + p_x, mask=m_c, other=0.0).to(tl.float32)
     if HAS_RESIDUAL or SKIP:
         b_pivot += b_emb
@@ -140,7 +134,7 @@ def normalise_kernel(
     m_c = o_c < channels
     o_g = i_n * groups + o_c // (channels // groups)
     b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
+    b_emb = embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
     b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_shift = b_emb - b_mean
@@ -174,7 +168,7 @@ def small_kernel(
     o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
     size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
     b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_x += _embedding(emb_ptr, i_n, o_c, channels, m_j, EMB)[None, :]
+    b_x += embedding(emb_ptr, i_n, o_c, channels, m_j, EMB)[None, :]
     if HAS_RESIDUAL:
         b_x += tl.load(residual_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
         b_total = b_x.to(total_ptr.dtype.element_ty)
@@ -193,128 +187,7 @@ def small_kernel(
     tl.store(rstd_ptr + i_g, rstd)
 
 
-@triton.jit
-def sums_kernel(
-    grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partial_ptr,
-    rows, channels, groups, programs, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
-    SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums of dz, dz xhat, xhat and dtotal of each channel over ROWS rows, z being what the SiLU is applied to.
-
-    The last two serve d emb alone.
-    """
-    i_x = tl.program_id(0).to(tl.int64)
-    i_n, i_p = i_x // programs, i_x % programs
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    o_g = i_n * groups + o_c // (channels // groups)
-    b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
-    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
-    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_dz_sum = tl.zeros([BLOCK_C], tl.float32)
-    b_dot = tl.zeros([BLOCK_C], tl.float32)
-    b_sum = tl.zeros([BLOCK_C], tl.float32)
-    b_dt_sum = tl.zeros([BLOCK_C], tl.float32)
-    for i_r in range(0, ROWS, BLOCK_R):
-        o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
-        m_x = (o_r < rows)[:, None] & m_c[None, :]
-        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
-        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) + b_emb[None, :] - b_mean[None, :]
-        b_x = tl.where(m_x, b_x * b_rstd[None, :], 0.0)
-        b_dz = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-        if SILU:
-            b_dz *= _d_silu(b_x * b_w[None, :] + b_b[None, :])
-        b_dz_sum += tl.sum(b_dz, 0)
-        b_dot += tl.sum(b_dz * b_x, 0)
-        if EMB_SUMS:
-            b_sum += tl.sum(b_x, 0)
-            if HAS_RESIDUAL:
-                b_dt_sum += tl.sum(tl.load(grad_total_ptr + o_x, mask=m_x, other=0.0).to(tl.float32), 0)
-    p_out = partial_ptr + 4 * i_x * channels + o_c
-    tl.store(p_out, b_dz_sum, mask=m_c)
-    tl.store(p_out + channels, b_dot, mask=m_c)
-    if EMB_SUMS:
-        tl.store(p_out + 2 * channels, b_sum, mask=m_c)
-        tl.store(p_out + 3 * channels, b_dt_sum, mask=m_c)
-
-
-@triton.jit
-def combine_backward_kernel(
-    partial_ptr, weight_ptr, rstd_ptr, means_ptr, sums_ptr, grad_emb_ptr, rows, channels, groups, programs, samples,
-    EMB_SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """Sums over all rows: one row per sample for weight and bias, the two means of a group for dx, and d emb."""
-    i_g = tl.program_id(0).to(tl.int64)
-    i_n = i_g // groups
-    width = channels // groups
-    o_j = tl.arange(0, BLOCK_J)
-    m_j = o_j < width
-    o_c = (i_g % groups) * width + o_j
-    b_dz = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
-    b_dot = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
-    b_x = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
-    b_dt = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        o_p = first + tl.arange(0, BLOCK_P)
-        m_p = (o_p < programs)[:, None] & m_j[None, :]
-        p_p = partial_ptr + 4 * (i_n * programs + o_p)[:, None] * channels + o_c[None, :]
-        b_dz += tl.load(p_p, mask=m_p, other=0.0)
-        b_dot += tl.load(p_p + channels, mask=m_p, other=0.0)
-        if EMB_SUMS:
-            b_x += tl.load(p_p + 2 * channels, mask=m_p, other=0.0)
-            b_dt += tl.load(p_p + 3 * channels, mask=m_p, other=0.0)
-    b_dz_sum, b_dot_sum = tl.sum(b_dz, 0), tl.sum(b_dot, 0)
-    b_w = tl.load(weight_ptr + o_c, mask=m_j, other=0.0).to(tl.float32)
-    size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
-    across, along = tl.sum(b_w * b_dz_sum, 0) / size, tl.sum(b_w * b_dot_sum, 0) / size
-    tl.store(means_ptr + 2 * i_g, across)
-    tl.store(means_ptr + 2 * i_g + 1, along)
-    p_sums = sums_ptr + i_n * channels + o_c
-    tl.store(p_sums, b_dot_sum, mask=m_j)
-    tl.store(p_sums + tl.cast(samples, tl.int64) * channels, b_dz_sum, mask=m_j)
-    if EMB_SUMS:
-        b_de = tl.load(rstd_ptr + i_g) * (b_w * b_dz_sum - tl.cast(rows, tl.float32) * across - along * tl.sum(b_x, 0))
-        b_de += tl.sum(b_dt, 0)
-        tl.store(grad_emb_ptr + i_n * channels + o_c, b_de.to(grad_emb_ptr.dtype.element_ty), mask=m_j)
-
-
-@triton.jit
-def gradient_kernel(
-    grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, out_ptr,
-    rows, channels, groups, programs, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr,
-    SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat)) + dtotal."""
-    i_x = tl.program_id(0).to(tl.int64)
-    i_n, i_p = i_x // programs, i_x % programs
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    o_g = i_n * groups + o_c // (channels // groups)
-    b_mean = tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
-    b_across = tl.load(means_ptr + 2 * o_g, mask=m_c, other=0.0)
-    b_along = tl.load(means_ptr + 2 * o_g + 1, mask=m_c, other=0.0)
-    b_emb = _embedding(emb_ptr, i_n, o_c, channels, m_c, EMB)
-    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    for i_r in range(0, ROWS, BLOCK_R):
-        o_r = i_p * ROWS + i_r + tl.arange(0, BLOCK_R)
-        m_x = (o_r < rows)[:, None] & m_c[None, :]
-        o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
-        b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) + b_emb[None, :] - b_mean[None, :]
-        b_x *= b_rstd[None, :]
-        b_dz = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-        if SILU:
-            b_dz *= _d_silu(b_x * b_w[None, :] + b_b[None, :])
-        b_dx = b_rstd[None, :] * (b_dz * b_w[None, :] - b_across[None, :] - b_x * b_along[None, :])
-        if HAS_RESIDUAL:
-            b_dx += tl.load(grad_total_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-        tl.store(out_ptr + o_x, b_dx.to(out_ptr.dtype.element_ty), mask=m_x)
-
-
-def _emb_rows(emb: Tensor) -> int:
+def emb_rows(emb: Tensor) -> int:
     return emb.ndim if emb.numel() else 0
 
 
@@ -336,7 +209,7 @@ def group_norm_silu(
     if not x.numel():
         return out, total, mean, rstd
     has_residual, block_j = residual.numel() > 0, triton.next_power_of_2(width)
-    options = {"HAS_RESIDUAL": has_residual, "EMB": _emb_rows(emb)}
+    options = {"HAS_RESIDUAL": has_residual, "EMB": emb_rows(emb)}
     if is_small(rows, width):
         small_kernel[(n * groups,)](
             x, residual, emb, weight, bias, total, mean, rstd, out, eps, rows, channels, groups, **options,
@@ -374,7 +247,7 @@ def _statistics(x: Tensor, residual: Tensor, skip: Tensor | None, emb: Tensor, t
     partial = x.new_empty((n, programs, 2, channels), dtype=torch.float32)
     statistics_kernel[(n * programs, triton.cdiv(channels, BLOCK_C))](
         x, residual, x if skip is None else skip, emb, total, partial, rows, own, channels, programs,
-        HAS_RESIDUAL=residual.numel() > 0, SKIP=skip is not None, EMB=_emb_rows(emb),
+        HAS_RESIDUAL=residual.numel() > 0, SKIP=skip is not None, EMB=emb_rows(emb),
         ROWS=rows_each, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return partial, rows_each
@@ -394,7 +267,7 @@ def _apply(
     written = rows_per_program(n * rows, channels)
     blocks = triton.cdiv(rows, written)
     normalise_kernel[(n * blocks, triton.cdiv(channels, BLOCK_C))](
-        x, emb, weight, bias, mean, rstd, out, rows, channels, groups, blocks, EMB=_emb_rows(emb), SILU=silu,
+        x, emb, weight, bias, mean, rstd, out, rows, channels, groups, blocks, EMB=emb_rows(emb), SILU=silu,
         FOLD=x.element_size() == 2, ROWS=written, BLOCK_R=WRITTEN, BLOCK_C=BLOCK_C,
     )  # fmt: skip
 
@@ -407,38 +280,3 @@ def group_norm_silu_given(
         mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
         _apply(x, partial, weight, bias, x.new_empty(0), mean, rstd, out, groups, eps, silu, ROWS)
     return out
-
-
-def group_norm_silu_backward(
-    grad: Tensor, grad_total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor,
-    groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    n, rows, channels = x.shape
-    out, emb_rows = torch.empty_like(x), _emb_rows(emb)
-    if not x.numel():
-        return out, torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(emb)
-    grad_emb = x.new_empty((n, channels), dtype=torch.float32) if emb_rows == 1 else torch.empty_like(emb)
-    has_residual, block_j = grad_total.numel() > 0, triton.next_power_of_2(channels // groups)
-    programs = triton.cdiv(rows, ROWS)
-    grid = (n * programs, triton.cdiv(channels, BLOCK_C))
-    options = {"HAS_RESIDUAL": has_residual, "EMB": 0 if has_residual else emb_rows, "SILU": silu}
-    options |= {"ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
-    partial = x.new_empty((n, programs, 4, channels), dtype=torch.float32)
-    means = x.new_empty((n, groups, 2), dtype=torch.float32)
-    sums = x.new_empty((2, n, channels), dtype=torch.float32)
-    sums_kernel[grid](
-        grad, grad_total, x, emb, weight, bias, mean, rstd, partial, rows, channels, groups, programs,
-        EMB_SUMS=emb_rows > 0, **options,
-    )  # fmt: skip
-    combine_backward_kernel[(n * groups,)](
-        partial, weight, rstd, means, sums, grad_emb, rows, channels, groups, programs, n,
-        EMB_SUMS=emb_rows > 0, BLOCK_P=max(1, 1024 // block_j), BLOCK_J=block_j,
-    )  # fmt: skip
-    gradient_kernel[grid](
-        grad, grad_total, x, emb, weight, bias, mean, rstd, means, out, rows, channels, groups, programs, **options
-    )  # fmt: skip
-    grad_weight, grad_bias = sums.sum(1).unbind(0)
-    if emb_rows == 1:
-        grad_emb = grad_emb.sum(0).to(emb.dtype)
-    # copies: an operator must not return two views of one tensor
-    return out, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True), grad_emb

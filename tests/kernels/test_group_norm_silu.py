@@ -202,7 +202,7 @@ def test_a_skip_connection_that_does_not_fit_is_named(change, message):
 _INTERPRETED = """
 import torch
 from fvgen.kernels._testing import assert_close, largest_error, poisoned_memory
-from fvgen.kernels.group_norm_silu import reference, spec, triton
+from fvgen.kernels.group_norm_silu import reference, spec, triton, triton_backward
 
 def compare(fast, reference, args, what):
     with poisoned_memory():
@@ -218,7 +218,7 @@ def both(shape, groups, emb=2, residual=False, silu=True):
     out, total, mean, rstd = compare(triton.group_norm_silu, reference.group_norm_silu, args, what)
     after = torch.randn_like(total)
     given = (torch.randn_like(out), after, total if residual else args[0], *args[2:5], mean, rstd, groups, silu)
-    compare(triton.group_norm_silu_backward, reference.group_norm_silu_backward, given, (*what, "backward"))
+    compare(triton_backward.group_norm_silu_backward, reference.group_norm_silu_backward, given, (*what, "backward"))
 
 both((1, 261, 72), 1)
 both((1, 650, 132), 1, residual=True)  # more blocks of rows than one step of the combination takes
@@ -229,7 +229,7 @@ found, expected = triton.group_norm_silu_skip(*half)[1], reference.group_norm_si
 assert torch.equal(found, expected), "the sum is rounded once"
 
 for limit in (reference.SMALL, 0):  # with and without the single pass
-    triton.is_small = lambda rows, width, limit=limit: rows * width <= limit
+    triton.is_small = triton_backward.is_small = lambda rows, width, limit=limit: rows * width <= limit
     for rows in (1, 7, 130):
         both((2, rows, 32), 8)
         both((2, rows, 40), 5, emb=0)
