@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
 from triton.testing import do_bench_cudagraph
 
-from fvgen.kernels._testing import largest_error
+from benchmarks.tuning import checked_times, print_measured, print_ranked
 from fvgen.kernels.geglu.triton import geglu
 from fvgen.kernels.linear_geglu.spec import FORWARD
 from fvgen.kernels.linear_geglu.triton import DEFAULT, Tiles, descriptors_fit, with_descriptors
@@ -46,6 +48,11 @@ CANDIDATES = tuple(
 ALLOWED = 2e-2  # difference from the two steps, which round the product to bfloat16, relative to the largest entry
 
 
+def warm(calls: Sequence[Callable[[], Any]]) -> float:
+    """Microseconds of the first of the calls."""
+    return 1e3 * do_bench_cudagraph(calls[0], rep=4, return_mode="median")
+
+
 def main() -> None:
     best = []
     for case in FORWARD.benchmarks:
@@ -60,22 +67,15 @@ def main() -> None:
             f"{tuple(DEFAULT)} erf": partial(with_descriptors, x, weight, bias, DEFAULT, exact=True),
         }
         calls |= {str(tuple(tiles)): partial(with_descriptors, x, weight, bias, tiles) for tiles in CANDIDATES}
-        times = {}
         print(f"\n{case.name}: {rows} x {inner} -> {channels}")
-        for name, call in calls.items():
-            try:
-                error = 0.0 if name == "F.linear alone" else largest_error(call(), expected)
-                if not error <= ALLOWED:
-                    raise ValueError(f"off by {error:.1e} of the largest entry")
-                times[name] = 1e3 * do_bench_cudagraph(call, rep=4, return_mode="median")
-            except Exception as failure:  # a tile that does not fit must not end the run
-                print(f"{name}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}")
-        for name, microseconds in sorted(times.items(), key=lambda item: item[1]):
-            print(f"{microseconds:9.1f} us {4e-6 * rows * inner * channels / microseconds:6.0f} TFLOP/s  {name}", flush=True)
+        alone = {"F.linear alone": calls.pop("F.linear alone")}
+        times = checked_times(alone, warm) | checked_times(calls, warm, expected, ALLOWED)
+        work = 4e-6 * rows * inner * channels
+        print_ranked(times, lambda microseconds, work=work: f"{work / microseconds:.0f} TFLOP/s")
         ours = {tiles: times[str(tuple(tiles))] for tiles in CANDIDATES if str(tuple(tiles)) in times}
         if ours:
             best.append(f"    ({rows}, {inner}, {channels}): Tiles{tuple(min(ours, key=lambda tiles: ours[tiles]))},")
-    print("\nMEASURED = {", *best, "}", sep="\n")
+    print_measured(best)
 
 
 if __name__ == "__main__":

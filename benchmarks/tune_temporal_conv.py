@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fvgen.bench.timing import cold_copies, time_calls
+from benchmarks.tuning import checked_times, cold, print_measured, print_ranked
+from fvgen.bench.kernels import reason
+from fvgen.bench.timing import cold_copies
 from fvgen.kernels._spec import Case
-from fvgen.kernels._testing import largest_error
 from fvgen.kernels.temporal_conv import reference
 from fvgen.kernels.temporal_conv.spec import FORWARD
 from fvgen.kernels.temporal_conv.triton import Tiles, descriptors_fit, with_descriptors
@@ -63,10 +64,6 @@ CANDIDATES = tuple(
 ALLOWED = 2e-2  # difference from cuDNN, which may round otherwise, relative to the largest entry
 
 
-def _reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:100]}"
-
-
 def _with_statistics(x: Tensor, weight: Tensor, bias: Tensor, none: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     blocks = -(-(x.shape[1] * x.shape[2]) // reference.ROWS)
     partials = x.new_empty((x.shape[0], blocks, 2, weight.shape[1]), dtype=torch.float32)
@@ -80,7 +77,7 @@ def _compile(tiles: Tiles, function: Callable = with_descriptors) -> str:
         function(x, x.new_zeros(3, 320, 320), x.new_zeros(320), x.new_empty(0), tiles)
         torch.cuda.synchronize()
     except Exception as failure:
-        return _reason(failure)
+        return reason(failure)
     return ""
 
 
@@ -96,32 +93,19 @@ def _measure(case: Case, candidates: list[Tiles]) -> str:
     print(f"\n{case.name}: {clips} x {frames} x {sites} x {inner} -> {weight.shape[1]}, {len(copies)} buffers")
     filters = [c[1].permute(1, 2, 0).unsqueeze(-1).contiguous(memory_format=torch.channels_last) for c in copies]
     expected = _cudnn(x, filters[0], copies[0][2])
-    times: dict[str, float] = {}
-
-    def measure(name: str, calls: list[Callable[[], Tensor | tuple[Tensor, Tensor]]]) -> None:
-        try:
-            found = calls[0]()
-            error = largest_error(found[0] if isinstance(found, tuple) else found, expected)
-            if not error <= ALLOWED and not name.endswith("without bias"):
-                raise ValueError(f"off by {error:.1e} of the largest entry")
-            timing = time_calls(calls, "cuda", rounds=10, graph=True, seconds=0.1)
-            times[name] = 1e3 * timing.median_ms
-            if timing.method != "cuda graph":
-                print(f"{name}: timed with {timing.method}")
-        except Exception as failure:  # tiles that do not fit must not end the run
-            print(f"{name}: {_reason(failure)}")
-
+    timed = cold("cuda")
     pairs = list(zip(copies, filters, strict=True))
-    measure("cuDNN without bias", [partial(_cudnn, c[0], f, None) for c, f in pairs])
-    measure("cuDNN", [partial(_cudnn, c[0], f, c[2]) for c, f in pairs])
-    for tiles in candidates:
-        measure(str(tuple(tiles)), [partial(with_descriptors, *c, tiles) for c in copies])
+    times = checked_times({"cuDNN without bias": [partial(_cudnn, c[0], f, None) for c, f in pairs]}, timed)
+    calls = {"cuDNN": [partial(_cudnn, c[0], f, c[2]) for c, f in pairs]}
+    calls |= {str(tuple(tiles)): [partial(with_descriptors, *c, tiles) for c in copies] for tiles in candidates}
+    times |= checked_times(calls, timed, expected, ALLOWED)
     ranked = sorted((t for t in candidates if str(tuple(t)) in times), key=lambda t: times[str(tuple(t))])
-    for tiles in [t for t in ranked if t.block_m % reference.ROWS == 0][:3]:
-        measure(f"{tuple(tiles)} with statistics", [partial(_with_statistics, *c, tiles) for c in copies])
-    for name, microseconds in sorted(times.items(), key=lambda item: item[1]):
-        # three taps for every frame, as cuDNN's speed is given, although the first and last frame need two
-        print(f"{microseconds:9.1f} us {6e-6 * expected.numel() * inner / microseconds:6.0f} TFLOP/s  {name}", flush=True)
+    chosen = [t for t in ranked if t.block_m % reference.ROWS == 0][:3]
+    calls = {f"{tuple(tiles)} with statistics": [partial(_with_statistics, *c, tiles) for c in copies] for tiles in chosen}
+    times |= checked_times(calls, timed, expected, ALLOWED)
+    # three taps for every frame, as cuDNN's speed is given, although the first and last frame need two
+    work = 6e-6 * expected.numel() * inner
+    print_ranked(times, lambda microseconds: f"{work / microseconds:.0f} TFLOP/s")
     return f"    ({clips * frames * sites}, {inner}, {weight.shape[1]}): Tiles{tuple(ranked[0])}," if ranked else ""
 
 
@@ -132,14 +116,14 @@ def main() -> None:
         reasons = pool.map(_compile, CANDIDATES)
         pool.map(partial(_compile, function=_with_statistics), [t for t in CANDIDATES if t.block_m % reference.ROWS == 0])
         failures = dict(zip(CANDIDATES, reasons, strict=True))
-    for tiles, reason in failures.items():
-        if reason:
-            print(f"{tuple(tiles)}: {reason}")
+    for tiles, why in failures.items():
+        if why:
+            print(f"{tuple(tiles)}: {why}")
     if not descriptors_fit(torch.zeros((1, 8), dtype=torch.bfloat16, device="cuda")):
         raise SystemExit("this GPU has no tensor descriptors, or no room for these tiles")
     torch.backends.cudnn.benchmark = True
-    best = [_measure(case, [t for t, reason in failures.items() if not reason]) for case in FORWARD.benchmarks]
-    print("\nMEASURED = {", *best, "}", sep="\n")
+    best = [_measure(case, [t for t, why in failures.items() if not why]) for case in FORWARD.benchmarks]
+    print_measured(best)
 
 
 if __name__ == "__main__":
