@@ -11,6 +11,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ ALLOWED = 2**-7  # outputs are rounded to bfloat16, relative to the largest entr
 SHOWN = 3  # candidates of a shape, and of an operator
 
 # warps of a program, programs per multiprocessor
-LAUNCHES = ((2, 4), (2, 6), (2, 8), (4, 1), (4, 2), (4, 3), (4, 4), (8, 1), (8, 2), (16, 1))
+LAUNCHES = ((1, 8), (1, 12), (1, 16), (2, 4), (2, 6), (2, 8), (4, 1), (4, 2), (4, 3))
 # rows of a program, rows of a tile, warps, tiles on their way
 SUMS = (
     (64, 16, 4, 4),
@@ -142,8 +143,8 @@ def prepare_all(work: list[tuple[Search, Case]], device: str, seconds: float) ->
     end = time.monotonic() + seconds
     for process in processes:
         process.start()
-    with torch.no_grad():
-        given = [case.make("cpu", torch.bfloat16) for _, case in work]
+    with ThreadPoolExecutor() as pool:
+        given = list(pool.map(lambda pair: pair[1].make("cpu", torch.bfloat16), work))
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     late = [process for process in processes if process.is_alive()]

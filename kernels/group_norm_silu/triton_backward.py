@@ -47,7 +47,7 @@ def _d_silu(b_z):
 
 @triton.jit
 def _place(channels, programs, rows, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, REVERSED: tl.constexpr):
-    """Sample, block of rows and channels of the program; neighbouring programs share their rows, so that memory is read in order."""
+    """Sample, rows and channels of the program; neighbouring programs share their rows, so that memory is read in order."""
     i_t = tl.program_id(0)
     if REVERSED:
         i_t = tl.num_programs(0) - 1 - i_t

@@ -13,7 +13,11 @@ from fvgen.kernels._triton_sums import column_sums
 
 
 class Launch(NamedTuple):
-    """Of the backward pass, whose programs stay and leave one partial row each for weight and bias."""
+    """Of the backward pass, whose programs stay and leave one partial row each for weight and bias.
+
+    Attributes:
+        warps: at least; more where a row is longer than two of their tiles.
+    """
 
     warps: int
     per_multiprocessor: int
@@ -157,11 +161,12 @@ def layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
 
 
 def backward_tile(channels: int, warps: int) -> dict[str, int]:
-    """Tiles of 8 elements a thread, two side by side where a row is longer than a warp's 256."""
+    """Tiles of 8 elements a thread, two side by side where a row is longer than a warp's 256; at least as many warps as a row takes."""
     block_c = triton.next_power_of_2(channels)
     halves = block_c > 256
     block_c //= 1 + halves
-    return {"HALVES": halves, "BLOCK_R": max(1, 256 * warps // block_c), "BLOCK_C": block_c}
+    warps = max(warps, block_c // 256)
+    return {"HALVES": halves, "BLOCK_R": 256 * warps // block_c, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def layer_norm_residual_backward(
@@ -178,6 +183,6 @@ def layer_norm_residual_backward(
     partial = total.new_empty((2, programs, channels), dtype=torch.float32)
     layer_norm_backward_kernel[(programs,)](
         grad, grad_total, total, weight, mean, rstd, out, partial, rows, channels, programs, triton.cdiv(tiles, programs),
-        HAS_RESIDUAL=grad_total.numel() > 0, **tile, num_warps=launch.warps,
+        HAS_RESIDUAL=grad_total.numel() > 0, **tile,
     )  # fmt: skip
     return out, *column_sums(partial, weight, weight)

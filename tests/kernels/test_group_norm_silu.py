@@ -259,3 +259,14 @@ def test_kernels_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_gradients_repeat_bit_by_bit(number, monkeypatch):
+    from fvgen.kernels.group_norm_silu.spec import BACKWARD, group_norm_silu_backward_op
+
+    monkeypatch.setenv("FVGEN_KERNELS", "strict")
+    args = BACKWARD.benchmarks[number].make("cuda", torch.bfloat16)
+    first, second = (group_norm_silu_backward_op(*args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

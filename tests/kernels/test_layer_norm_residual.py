@@ -118,3 +118,25 @@ def test_kernels_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 32, 40, 256, 257, 320, 512, 513, 1280, 2048])
+def test_tiles_of_the_backward_pass_hold_a_row(channels, warps):
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    from fvgen.kernels.layer_norm_residual.triton import backward_tile
+
+    tile = backward_tile(channels, warps)
+    assert channels <= tile["BLOCK_C"] * (1 + tile["HALVES"]) < 2 * channels
+    assert tile["BLOCK_R"] * tile["BLOCK_C"] == 256 * tile["num_warps"]
+    assert tile["num_warps"] == warps or (tile["num_warps"] > warps and tile["BLOCK_R"] == 1)
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_bit_by_bit(monkeypatch):
+    from fvgen.kernels.layer_norm_residual.spec import BACKWARD, layer_norm_residual_backward_op
+
+    monkeypatch.setenv("FVGEN_KERNELS", "strict")
+    args = BACKWARD.benchmarks[0].make("cuda", torch.bfloat16)
+    first, second = (layer_norm_residual_backward_op(*args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
