@@ -27,8 +27,9 @@ class WeightAverage:
         self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
         self._module = module
 
+    @torch.no_grad()
     def _pieces(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(x) for x in self.tensors.values()], [local(p.detach()) for p in self._module.parameters()]
+        return [local(x) for x in self.tensors.values()], [local(p).detach() for p in self._module.parameters()]
 
     @torch.no_grad()
     def update(self) -> None:

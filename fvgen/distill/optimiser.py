@@ -34,11 +34,12 @@ class NetworkOptimiser:
             self._pieces.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
 
+    @torch.no_grad()  # also spares each piece of a sharded tensor its way through autograd
     def step(self, rate: float) -> Tensor:
         """One update at the learning rate ``rate``; the norm of the gradient over all ranks, before it is clipped."""
         for name, p in self._parameters.items():
             if sharded(p):
-                piece = local(p.detach())
+                piece = local(p)
                 assert piece.data_ptr() == self._pieces[name].data_ptr(), "the network's pieces were moved"
                 self._pieces[name].grad = None if p.grad is None else local(p.grad)
         pieces = list(self._pieces.values())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fvgen.diffusion.predict import PredictV, unet_predictor
 from fvgen.distill.checkpoint import module_tensors, restore
@@ -69,7 +71,9 @@ def build_roles(
             module = _head(bundle, settings) if name == "head" else copy.deepcopy(bundle.unet).float()
         module = nn.Module.to(module, device).requires_grad_(True).train()
         if settings.checkpointing and name != "head":
-            module.enable_gradient_checkpointing()
+            # the state of the random generators is copied for every layer only where one draws from them
+            drops = bool(bundle.unet.config.dropout)
+            module.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=drops))
         if start and name in start:
             restore(module_tensors(module), start[name], name)
         trained[name] = parallel.share(module) if name != "head" else module

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, cat, channels_last, nn
+from torch import Tensor, cat, channels_last, is_grad_enabled, nn
 
 from . import fused
 from .blocks import Downsample, ResBlock, SpatialTransformer, TemporalTransformer, Upsample, zero_init
@@ -30,7 +30,7 @@ class UNetLayer(nn.Module):
         self.res, self.spatial, self.temporal = res, spatial, temporal
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor, image: Tensor | None, frames: int) -> Tensor:
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and is_grad_enabled():
             return self._gradient_checkpointing_func(self._forward, x, emb, text, image, frames)
         return self._forward(x, emb, text, image, frames)
 
