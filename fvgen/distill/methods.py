@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fvgen.diffusion.predict import unconditional
+from fvgen.diffusion.predict import stack_conditions, unconditional
 from fvgen.distill import losses
 from fvgen.distill.adversarial import adversarial_loss, classifier_loss, clip_logits, moments
 from fvgen.distill.configs import MatchingConfig, RegressionConfig, StageOneConfig
@@ -116,12 +116,14 @@ class DistributionMatching:
             x0 = x0.detach()
             t = draws.times(config.score_span, len(self.process), x0.shape[0], x0.device)
             x = self.process.noise(x0, t, draws.seed()).x_t
-            real, fake = (predict(x, t, condition).to(x0.dtype) for predict in (networks.teacher, networks.fake))
-            uncond = None
-            if config.guidance != 1.0:
-                uncond = networks.teacher(x, t, unconditional(condition)).to(x0.dtype)
+            fake = networks.fake(x, t, condition).to(x0.dtype)
+            if config.guidance == 1.0:
+                real, uncond = networks.teacher(x, t, condition).to(x0.dtype), None
+            else:
+                both = stack_conditions(condition, unconditional(condition))
+                real, uncond = networks.teacher(torch.cat([x, x]), t.repeat(2), both).to(x0.dtype).chunk(2)
             # a weight that does not depend on r takes any logit
-            logits = clip_logits(networks, x, t, batch, False) if self._uses_ratio else x0.new_zeros(x0.shape[0]).float()
+            logits = clip_logits(networks, x, t, condition, False) if self._uses_ratio else x0.new_zeros(x0.shape[0]).float()
             found = score_weighting(
                 *(x0, x, real, fake, logits, t, self.process.tables),
                 v_uncond=uncond,

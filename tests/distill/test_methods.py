@@ -55,7 +55,8 @@ def test_critic_sees_real_and_generated_clips_alike():
     """Same times and same noise: without a difference of the clean latents there is none of the noisy ones."""
     toy, method = Toy(), StageOne(Toy().process, StageOneConfig())
     method.critic_update(toy.networks, toy.batch, draws())
-    (real, t_real, _), (fake, t_fake, _) = toy.trunk.seen
+    ((both, times, _),) = toy.trunk.seen
+    (real, fake), (t_real, t_fake) = both.chunk(2), times.chunk(2)
     assert torch.equal(t_real, t_fake)
     assert len(set(t_real.tolist())) > 1
     x0 = student_sample(toy.student, toy.process, toy.batch, STUDENT_TIMES, "real", draws(), gradient=False)
@@ -67,7 +68,7 @@ def test_stage_two_gradient_by_hand():
     toy, config = Toy(), MatchingConfig(rescale=0.7)
     x0 = torch.randn_like(toy.batch.clean)
     g, statistics, _ = DistributionMatching(toy.process, config).gradient(toy.networks, x0, toy.batch, draws())
-    x, t, _ = toy.teacher.seen[0]
+    x, t = (both.chunk(2)[0] for both in toy.teacher.seen[0][:2])
     assert ((t >= 20) & (t < 980)).all()
     cond, condition = toy.teacher(x, t, toy.batch.condition), toy.batch.condition
     real = combine(cond, toy.teacher(x, t, unconditional(condition)), 7.5, 0.7)
