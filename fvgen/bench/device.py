@@ -149,10 +149,10 @@ class GpuWatch:
 
 
 def watched(records: Iterator[dict[str, Any]], device: str) -> Iterator[dict[str, Any]]:
-    """The records with ``gpu_state``: what the GPU did from the beginning of each measurement to its end."""
+    """The records with ``gpu_state``: what the GPU did from the beginning of each measurement to its end, unless they say it."""
     while True:
         with GpuWatch(device) as watch:
             record = next(records, None)
         if record is None:
             return
-        yield {**record, "gpu_state": {k: v for k, v in watch.facts.items() if k != "peak_memory_bytes"}}
+        yield {"gpu_state": {k: v for k, v in watch.facts.items() if k != "peak_memory_bytes"}, **record}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvgen.kernels.point_rasterizer.cases import point_map_scene
 from fvgen.models.bundle import ModelBundle, read_index
@@ -81,19 +81,21 @@ def random_model(preset: str) -> BenchModel:
     def load(device: str) -> ModelBundle:
         with torch.device(device):  # billions of numbers are drawn faster where they are needed
             bundle = ModelBundle.random(spec).to(device)
-        _fill_zeros(bundle, device)
+        for name in COMPONENTS:
+            fill_zeros(getattr(bundle, name).requires_grad_(False))
         return bundle
 
     return BenchModel(preset, spec.index, "random weights", load, preset)
 
 
 @torch.no_grad()
-def _fill_zeros(bundle: ModelBundle, device: str) -> None:
+def fill_zeros(module: nn.Module) -> None:
+    """Replaces parameters that hold only zeros by small normal numbers, always the same."""
+    device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    for name in COMPONENTS:
-        for parameter in getattr(bundle, name).requires_grad_(False).parameters():
-            if parameter.ndim and not parameter.any():
-                parameter.normal_(0, 0.02, generator=generator)
+    for parameter in module.parameters():
+        if parameter.ndim and not parameter.any():
+            parameter.normal_(0, 0.02, generator=generator)
 
 
 def clip_size(index: ModelIndex, quick: bool = False) -> tuple[int, int, int]:

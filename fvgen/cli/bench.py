@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fvgen.bench.compare import compare, different_machines, table
 from fvgen.bench.record import Record, context, read_records, readable, value_of, write_records
+from fvgen.cli import bench_train
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
 
@@ -25,7 +27,7 @@ BELONGS = {
     "ops": ("kernels",),
     "no_compile": ("kernels",),
     "first": ("kernels",),
-    "model": ("sampler", "speedup"),
+    "model": ("sampler", "speedup", "train"),
     "batch": ("sampler", "speedup"),
     "teacher_steps": ("sampler", "speedup"),
     "runner": ("sampler", "speedup"),
@@ -37,6 +39,11 @@ MEASURING = ("json", "rounds", "quick", "overwrite")
 def run(arguments: argparse.Namespace) -> None:
     """Measures or reports; exits with status 1 where a figure fails."""
     _check_options(arguments)
+    if bench_train.rank():  # takes part, and leaves files and words to the first process
+        arguments.json = None
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            _measure(arguments)
+        return
     old = read_records(arguments.compare) if arguments.compare else None
     if arguments.suite == "report":
         _report(arguments, old)
@@ -64,8 +71,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{given[0]} belongs to measurements, not to report; leave it out")
         if not arguments.results:
             raise UserError("report needs a result file, for example `fvgen bench report new.json`")
-    elif arguments.results:
+        return
+    if arguments.results:
         raise UserError(f"{arguments.results[0]!r} is one word too many; only report takes result files")
+    bench_train.check_options(arguments)
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
@@ -117,7 +126,8 @@ def _measure(arguments: argparse.Namespace) -> list[Record]:
     except Exception as error:
         if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
             raise
-        raise UserError("memory ran out; give a smaller --batch or --model, or measure on another --device") from error
+        what = "leave out --no-checkpointing, add --shard" if suites == ("train",) else "give a smaller --batch or --model"
+        raise UserError(f"memory ran out; {what}, or measure on another --device") from error
     return measured
 
 
@@ -146,6 +156,8 @@ def _suite(suite: str, arguments: argparse.Namespace, device: str, model: BenchM
         from fvgen.bench.raster import measure_raster
 
         yield from measure_raster(device, rounds(60, 3), quick, _say)
+    elif suite == "train" and arguments.suite == "train" and arguments.model:
+        yield from bench_train.measure(arguments, device, _say)
     elif suite == "train":
         from fvgen.bench.train import measure_train
 
@@ -174,13 +186,19 @@ def _suite(suite: str, arguments: argparse.Namespace, device: str, model: BenchM
 
 def command_of(arguments: argparse.Namespace) -> str:
     """The command to repeat a measurement, without places on this machine."""
-    words = ["fvgen", "bench", arguments.suite]
-    for name in ("quick", "no_compile", "first"):
+    processes = bench_train.processes()
+    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m", "fvgen.cli"] if processes > 1 else ["fvgen"]
+    words = [*launcher, "bench", arguments.suite]
+    for name in ("quick", "no_compile", "first", "shard", "graphs", "not_repeatable", "no_reference"):
         words += [f"--{name.replace('_', '-')}"] if getattr(arguments, name) else []
     for name in ("ops", "batch"):
         words += [f"--{name}", *map(str, getattr(arguments, name))] if getattr(arguments, name) else []
     for name in ("teacher_steps", "rounds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))] if getattr(arguments, name) else []
+    words += [] if arguments.checkpointing is None else ["--checkpointing" if arguments.checkpointing else "--no-checkpointing"]
+    words += ["--stage", arguments.stage] if arguments.stage else []
+    words += ["--single", Path(arguments.single).name] if arguments.single else []
+    words += ["--profile", Path(arguments.profile).name] if arguments.profile else []
     words += ["--runner", arguments.runner] if arguments.runner else []
     words += ["--model", Path(arguments.model).name] if arguments.model else []
     words += ["--device", arguments.device] if arguments.device != "auto" else []

@@ -355,7 +355,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME|DIR",
         help="sampler, speedup: tiny, a model directory, or viewcrafter_512 or viewcrafter_1024 with random weights"
-        " (default: tiny)",
+        " (default: tiny); train: a step of the distillation of one of these presets, instead of the tiny teacher's",
     )
     parser.add_argument(
         "--runner",
@@ -375,6 +375,20 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sampler, speedup: DDIM steps of the teacher (default: 50; sampler beyond 512: no teacher)",
     )
+    step = parser.add_argument_group("train with --model")
+    step.add_argument("--stage", choices=("1", "2", "both"), help="of the distillation (default: both)")
+    step.add_argument("--shard", action="store_true", help="under torchrun: the GPUs share the networks (FSDP2)")
+    step.add_argument("--single", metavar="FILE.json", help="under torchrun: the result of one GPU, for the scaling")
+    step.add_argument("--profile", metavar="FILE.md", help="write here where the GPU's time goes in stage 2")
+    step.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute activations twice to save memory (default: the recipe's)",
+    )
+    step.add_argument("--graphs", action="store_true", help="replay CUDA graphs; of calls without a gradient when checkpointing")
+    step.add_argument("--not-repeatable", action="store_true", help="allow faster algorithms whose last bits vary")
+    step.add_argument("--no-reference", action="store_true", help="leave out stage 2 in plain PyTorch")
     parser.add_argument("--output", metavar="DIR", help="report: where report.md and its pictures go (default: docs/benchmarks)")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N (default: auto)"

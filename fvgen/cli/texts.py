@@ -52,6 +52,8 @@ examples:
   fvgen bench sampler --model viewcrafter_512 --batch 1 2 4
   fvgen bench sampler --runner modules               without the inference engine
   fvgen bench speedup                                4 steps against 50 guided ones: less than 90 % saved is a failure
+  fvgen bench train --model viewcrafter_512 --profile profile.md --json one.json
+  torchrun --nproc-per-node 4 -m fvgen.cli bench train --model viewcrafter_512 --shard --single one.json --json four.json
   fvgen bench all --quick                            every suite with small shapes, also without a GPU
   fvgen bench all --json new.json --compare old.json
   fvgen bench report new.json --output docs/benchmarks
@@ -60,7 +62,7 @@ suites:
   kernels   operators: time, share of the measured copy bandwidth, reference, torch.compile, libraries
   raster    point rasterizer over points, views, points per pixel, image size; image and gradients
   sampler   one clip stage by stage and whole, first clip of a new process, batches, the teacher
-  train     a training step of the tiny model
+  train     a training step of the tiny model; with --model, both stages of the distillation and stage 2 in plain PyTorch
   speedup   guided teacher and four-step student from points to frames in one process
   all       all of these
   report    tables and pictures of result files; give the files right behind the word

@@ -57,9 +57,11 @@ class GraphedCall:
     Args:
         module: whose parameters get gradients.
         call: of static shapes, without waiting for the GPU.
+        gradients: also replay calls with a gradient; otherwise they simply run, for example checkpointed.
     """
 
-    def __init__(self, module: nn.Module, call: Call) -> None:
+    def __init__(self, module: nn.Module, call: Call, gradients: bool = True) -> None:
+        self._gradients = gradients
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._call = call
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
@@ -71,6 +73,8 @@ class GraphedCall:
             return self._call(x, t, condition)
         inputs = (x, t, condition.latents, condition.context, condition.fps)
         gradient = torch.is_grad_enabled() and (x.requires_grad or bool(self._parameters))
+        if gradient and not self._gradients:
+            return self._call(x, t, condition)
         key = (gradient, gradient and x.requires_grad, *((i.shape, i.dtype) for i in inputs))
         if key not in self._recorded:
             with RECORDING:

@@ -80,7 +80,7 @@ def build_roles(
     graphs = settings.graphs and device.type == "cuda" and parallel.mesh is None
 
     def call(module: nn.Module, function: PredictV) -> PredictV:
-        return GraphedCall(module, function) if graphs else function
+        return GraphedCall(module, function, gradients=not settings.checkpointing) if graphs else function
 
     student = trained["student"]
     networks = Networks(

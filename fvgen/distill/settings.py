@@ -33,7 +33,8 @@ class TrainSettings:
         critic_updates: per update of the student; None for the method's own, likewise divergence.
         head: size of the classifier's head; its input channels are the teacher's.
         checkpointing: keep only layer inputs for the backward pass and compute the rest again.
-        graphs: replay network calls as CUDA graphs (small networks are otherwise bound by launching their kernels).
+        graphs: replay network calls as CUDA graphs (small networks are otherwise bound by launching their kernels); with
+            checkpointing those without a gradient only.
         repeatable: only algorithms whose additions have a fixed order; some are slower on a GPU.
         teacher_dtype: stored precision of the frozen teacher, "float32" or "bfloat16".
         trajectories: number of the teacher's trajectories that a regression trains on.
@@ -72,8 +73,6 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.batch % self.micro_batch:
             raise UserError(f"a batch of {self.batch} cannot be cut into pieces of {self.micro_batch}; choose a divisor")
-        if self.checkpointing and self.graphs:
-            raise UserError("CUDA graphs and activation checkpointing exclude each other; leave one of them out")
 
     @property
     def lanes(self) -> int:

@@ -60,13 +60,14 @@ def test_values_and_gradients(frozen: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_training_with_graphs_is_training_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_with_graphs_is_training_without(checkpointing: bool, tmp_path: Path) -> None:
     from fvgen.distill.parallel import Parallel
 
     runs = {}
     for graphs in (False, True):
         parallel = Parallel.start("cuda")
-        settings = replace(SETTINGS, graphs=graphs, micro_batch=2)
+        settings = replace(SETTINGS, graphs=graphs, checkpointing=checkpointing, micro_batch=2)
         trainer = small_trainer(tmp_path / str(graphs), settings, parallel, source=GpuLatents())
         for _ in range(6):
             trainer.advance()

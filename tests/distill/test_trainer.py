@@ -147,7 +147,5 @@ def test_settings() -> None:
     assert changed_settings(tiny.to_dict(), replace(tiny, lr=1.0, batch=16).to_dict()) == ["batch", "lr"]
     with pytest.raises(UserError, match="divisor"):
         TrainSettings("tiny", batch=3, micro_batch=2)
-    with pytest.raises(UserError, match="exclude"):
-        TrainSettings("tiny", graphs=True, checkpointing=True)
     with pytest.raises(UserError, match="viewcrafter_512"):
         default_settings("large")
