@@ -22,7 +22,7 @@ def step_records(
     plain: Measured | None,
     single: Sequence[Record] | None = None,
 ) -> list[Record]:
-    """All records of a run; see docs/benchmarks/README.md for their names.
+    """All records of a run; docs/training.md lists their names.
 
     Args:
         options: what was measured.

@@ -101,7 +101,9 @@ def profile_text(profile: Profile, what: str, most: int = 40) -> str:
     """The profile as Markdown: groups, then the ``most`` longest kernels."""
     total = sum(ms for ms, _ in profile.kernels.values()) or 1.0
     lines = [f"# {what}", ""]
-    if profile.busy_percent is not None:
+    if profile.span_ms == 0.0:
+        lines += ["The profiler recorded no kernel: the driver may not allow it (CUPTI).", ""]
+    elif profile.busy_percent is not None:
         lines += [f"From the first kernel to the last: {profile.span_ms:.1f} ms, of which at least one ran during", ""]
         lines[-2] += f" {profile.busy_ms:.1f} ms ({profile.busy_percent:.1f} %)."
     else:

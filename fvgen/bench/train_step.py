@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -237,14 +238,14 @@ def _readings(trainer: Trainer, updates: int, cuda: bool) -> list[float]:
         for _ in range(updates):
             trainer.advance()
             times.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+        return [1e3 * (b - a) for a, b in pairwise(times)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(updates + 1)]
     marks[0].record()
     for mark in marks[1:]:
         trainer.advance()
         mark.record()
     marks[-1].synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
 def _slowest(readings: list[float], parallel: Parallel) -> list[float]:
@@ -267,11 +268,12 @@ def _algorithms(settings: TrainSettings, parallel: Parallel) -> Iterator[None]:
     """PyTorch's choice of algorithms as in a run, and as before afterwards."""
     cudnn = torch.backends.cudnn.deterministic
     repeatable, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    fill: Any = torch.utils.deterministic
+    filled = fill.fill_uninitialized_memory
     prepare_device(settings, parallel)
     try:
         yield
     finally:
         torch.backends.cudnn.deterministic = cudnn
         torch.use_deterministic_algorithms(repeatable, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        fill.fill_uninitialized_memory = filled

@@ -126,7 +126,8 @@ def _measure(arguments: argparse.Namespace) -> list[Record]:
     except Exception as error:
         if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
             raise
-        what = "leave out --no-checkpointing, add --shard" if suites == ("train",) else "give a smaller --batch or --model"
+        step = suites == ("train",) and arguments.model
+        what = "leave out --no-checkpointing and --graphs, add --shard" if step else "give a smaller --batch or --model"
         raise UserError(f"memory ran out; {what}, or measure on another --device") from error
     return measured
 

@@ -22,7 +22,9 @@ def check_options(arguments: argparse.Namespace) -> None:
     if arguments.checkpointing is False:
         given.append("no-checkpointing")
     if given and not (alone and name):
-        raise UserError(f"--{given[0].replace('_', '-')} belongs to train with --model; add --model viewcrafter_512 or leave it out")
+        raise UserError(
+            f"--{given[0].replace('_', '-')} belongs to train with --model; add --model viewcrafter_512 or leave it out"
+        )
     if processes() > 1 and not (alone and name):
         raise UserError(f"{arguments.suite} is measured by a single process; start it without torchrun")
     if not (alone and name):
@@ -33,6 +35,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--profile looks at stage 2; leave --stage 1 out")
     if arguments.profile and Path(arguments.profile).exists() and not arguments.overwrite:
         raise UserError(f"the profile {arguments.profile} exists; choose another --profile or add --overwrite")
+    if arguments.graphs and arguments.shard:
+        raise UserError("networks that are shared cannot be replayed as graphs; leave out --graphs or --shard")
     if arguments.single and processes() == 1:
         raise UserError("--single is for the scaling of several processes; start them with torchrun or leave it out")
 

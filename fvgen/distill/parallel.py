@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,11 +101,15 @@ class Parallel:
         # it warns of outputs that are views, in case they were changed in place; the networks change nothing in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         names = getattr(module, "_no_split_modules", None) or ()
-        for part in list(module.modules()):
-            if type(part).__name__ in names:
-                fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
+        layers: list[Any] = [part for part in module.modules() if type(part).__name__ in names]
+        for layer in layers:
+            fully_shard(layer, mesh=self.mesh, reshard_after_forward=True)
         # also the outermost: calls without a gradient would otherwise leave it whole, and stale after the next step
-        return fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        # each layer is fetched while the one before it computes, also where the host has not come so far yet
+        for layer, following in pairwise([module, *layers]):
+            layer.set_modules_to_forward_prefetch([following])
+        return module
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Means over the ranks, in place; what is sharded was averaged by its backward pass."""

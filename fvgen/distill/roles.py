@@ -73,7 +73,8 @@ def build_roles(
         if settings.checkpointing and name != "head":
             # the state of the random generators is copied for every layer only where one draws from them
             drops = bool(bundle.unet.config.dropout)
-            module.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=drops))
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=drops)
+            module.enable_gradient_checkpointing(recompute)
         if start and name in start:
             restore(module_tensors(module), start[name], name)
         trained[name] = parallel.share(module) if name != "head" else module
