@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fvgen.diffusion.noise import NoiseSource
-from fvgen.geometry import estimate_scene
+from fvgen.estimators import ClassicalEstimator, Estimator, make_estimator
 from fvgen.geometry.coincide import coincident_photos
 from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
 from fvgen.geometry.trajectory import parse_trajectory, target_cameras
@@ -83,6 +83,7 @@ def prepare(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     *,
+    estimator: Estimator | None = None,
     compositor: str = "norm",
     radius: float = 0.01,
     points_per_pixel: int = 10,
@@ -91,7 +92,7 @@ def prepare(
 
     Args:
         images: two or more overlapping photos in the order in which neighbours overlap: paths, ``[V, 3, H, W]`` in [0, 1],
-            or an ``ImageSet``.
+            or an ``ImageSet``. One suffices for DUSt3R.
         cameras: their cameras (at the photos' size), or a ``transforms.json`` or COLMAP model to read them from; estimated
             if None.
         trajectory: see ``fvgen generate --help``; "smooth" passes through all photos.
@@ -100,6 +101,7 @@ def prepare(
             the geometry.
         device: where the points are rendered.
         progress: called with (stage, fraction in [0, 1]).
+        estimator: makes the scene, see :func:`fvgen.estimators.make_estimator`; None takes the classical one.
         compositor, radius, points_per_pixel: how points become pixels, see :func:`fvgen.render.render_points`.
 
     Raises:
@@ -113,7 +115,7 @@ def prepare(
         photos = _photos(images)
         known = read_cameras(cameras, photos.names) if isinstance(cameras, str | os.PathLike) else cameras
     with watch.stage("geometry") as report:
-        scene = estimate_scene(photos, known, progress=report)
+        scene = (estimator or ClassicalEstimator())(photos, known, progress=report)
     with watch.stage("path"):
         clip_size = nearest_aspect(size, photos.size) if isinstance(size, list) else size or scene.images.size
         full_size = replace(scene, cameras=scale_cameras(scene.cameras, photos.size))
@@ -153,14 +155,21 @@ class FVGenPipeline:
         torch.Size([16, 3, 160, 256])
     """
 
-    def __init__(self, bundle: Any, device: str | torch.device = "cpu", fast: bool = False) -> None:
-        self.bundle, self._fast = bundle, fast
+    def __init__(
+        self, bundle: Any, device: str | torch.device = "cpu", fast: bool = False, estimator: Estimator | None = None
+    ) -> None:
+        self.bundle, self._fast, self.estimator = bundle, fast, estimator or ClassicalEstimator()
         self.device = torch.device(device)
         self._sampler: ModelSampler | None = None
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | os.PathLike[str] = "tiny", device: str = "auto", fast: bool = False
+        cls,
+        name_or_dir: str | os.PathLike[str] = "tiny",
+        device: str = "auto",
+        fast: bool = False,
+        geometry: str = "auto",
+        dust3r_weights: str | os.PathLike[str] | None = None,
     ) -> FVGenPipeline:
         """Loads a model.
 
@@ -168,6 +177,8 @@ class FVGenPipeline:
             name_or_dir: "tiny" (bundled) or a model directory.
             device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
             fast: approximate every second step of the few-step sampler, see :class:`fvgen.inference.clip.ClipEngine`.
+            geometry: "classical", "dust3r", or "auto": DUSt3R where its weights are given.
+            dust3r_weights: directory written by ``fvgen convert dust3r``.
 
         Raises:
             UserError: unknown name, incomplete directory, no such device.
@@ -175,7 +186,8 @@ class FVGenPipeline:
         from fvgen.models.bundle import ModelBundle
 
         chosen = choose_device(device)
-        return cls(ModelBundle.from_pretrained(find_model(name_or_dir), device=chosen), chosen, fast)
+        estimator = make_estimator(geometry, dust3r_weights, chosen)
+        return cls(ModelBundle.from_pretrained(find_model(name_or_dir), device=chosen), chosen, fast, estimator)
 
     def clip_size(self, images: Photos) -> tuple[int, int]:
         """(H, W) of the clip the model makes of these photos: portrait for portrait photos where the model knows that."""
@@ -206,7 +218,7 @@ class FVGenPipeline:
         """
         check_sampling(sampler, steps)
         index = self.bundle.index
-        how = {"compositor": index.compositor}
+        how: dict[str, Any] = {"compositor": index.compositor, "estimator": self.estimator}
         prepared = prepare(images, cameras, trajectory, num_frames, index.sizes(), self.device, callback, **how)
         return self.generate(prepared, steps, sampler, seed, callback)
 

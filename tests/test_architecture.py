@@ -25,6 +25,7 @@ RANKS = {
     "fvgen.render": 3,
     "fvgen.models": 3,
     "fvgen.recipes": 4,
+    "fvgen.estimators": 4,
     "fvgen.codec": 4,
     "fvgen.diffusion": 4,
     "fvgen.data": 5,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from fvgen.cli.inputs import check_photos, check_resources, count_frames, true_frames
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, true_frames
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
 from fvgen.cli.report import directory_sha256
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Generates and writes; returns the report."""
-    photo_sizes = check_photos(arguments.photos)
+    photo_sizes = check_photos(arguments)
     frames = count_frames(arguments)
     device = choose_device(arguments.device)
     check_sampling(arguments.sampler, arguments.steps)
@@ -39,11 +39,14 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
-            pipeline = FVGenPipeline.from_pretrained(arguments.model, device, arguments.fast)
+            pipeline = FVGenPipeline.from_pretrained(
+                arguments.model, device, arguments.fast, arguments.geometry, arguments.dust3r_weights
+            )
             photos = read_images(arguments.photos)
             facts: dict[str, Any] = {
                 "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)},
                 "fast": arguments.fast,
+                **geometry_facts(arguments),
             }
         result = pipeline(
             photos,

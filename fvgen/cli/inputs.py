@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fvgen.estimators import wants_dust3r
 from fvgen.geometry.trajectory import parse_trajectory, path_names
 from fvgen.io.images import image_size
 from fvgen.io.outputs import check_output
@@ -16,14 +17,15 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _POINTS = 448 * 448  # per photo, at the geometry's working resolution
 
 
-def check_photos(photos: Sequence[str]) -> list[tuple[int, int]]:
+def check_photos(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     """(H, W) of every photo, from the headers alone.
 
     Raises:
-        UserError: fewer than two, or one of them is no image.
+        UserError: fewer than the geometry needs, or one of them is no image; no such geometry.
     """
-    sizes = [image_size(photo) for photo in photos]
-    if len(photos) < 2:
+    learned = wants_dust3r(arguments.geometry, arguments.dust3r_weights)
+    sizes = [image_size(photo) for photo in arguments.photos]
+    if len(sizes) < 2 and not learned:
         raise UserError("one photo was given and two or more are needed; add a photo of the same place from another position")
     return sizes
 
@@ -79,3 +81,15 @@ def check_resources(arguments: argparse.Namespace, photos: Sequence[tuple[int, i
             f"{len(photos)} photos and {frames} frames of {size[1]}x{size[0]} need about {need / 1e9:.0f} GB of memory and this "
             f"machine has {have / 1e9:.0f}; use fewer or smaller ones"
         )
+
+
+def geometry_facts(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the report says about the weights of the geometry; nothing without any."""
+    weights = arguments.dust3r_weights
+    if weights is None:
+        return {}
+    from fvgen.models.dust3r.stored import WEIGHTS_FILE, file_sha256, read_report
+
+    if Path(weights).is_file():
+        return {"geometry_weights_sha256": file_sha256(weights)}
+    return {"geometry_weights_sha256": read_report(weights)["sha256"][WEIGHTS_FILE]}

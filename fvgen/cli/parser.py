@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fvgen import __version__
-from fvgen.cli.texts import BENCH, DISTILL, EXPORT, GENERATE, PREPARE, RENDER
+from fvgen.cli.argument_types import between, part, positive, size, whole
+from fvgen.cli.texts import BENCH, CONVERT, DISTILL, EXPORT, GENERATE, PREPARE, RENDER
 from fvgen.utils.errors import UserError
-
-MAX_SIDE = 4096
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,67 +18,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (see `{self.prog} --help`)")
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
-        return value
-
-    return parse
-
-
-def positive(high: float) -> Callable[[str], float]:
-    """An argument type: numbers above 0 and up to ``high``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number above 0 and up to {high:g}, not {text!r}")
-        return value
-
-    return parse
-
-
-def between(low: float, high: float) -> Callable[[str], float]:
-    """An argument type: numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, not {text!r}")
-        return value
-
-    return parse
-
-
-def part(text: str) -> tuple[int, int]:
-    """``I/N`` with I from 1 to N, to (I - 1, N)."""
-    first, _, of = text.partition("/")
-    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, for example 3/8, not {text!r}")
-    return int(first) - 1, int(of)
-
-
-def size(text: str) -> tuple[int, int]:
-    """``WxH`` to (H, W)."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and all(16 <= int(v) <= MAX_SIDE for v in (width, height))):
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT with 16 to {MAX_SIDE} pixels a side, not {text!r}")
-    return int(height), int(width)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,6 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="demo", metavar="DIR", help="directory to write (default: demo)")
     _common(demo)
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
+
+    convert = command("convert", "convert", "a downloaded checkpoint to a directory that the other commands read", CONVERT)
+    convert.add_argument("kind", choices=("dust3r", "viewcrafter"), help="what the checkpoint is of")
+    convert.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="the downloaded file: .pth, .ckpt or .safetensors")
+    convert.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    convert.add_argument(
+        "--preset",
+        choices=("viewcrafter_512", "viewcrafter_1024"),
+        help="viewcrafter: which of its models it is (default: viewcrafter_512)",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        help="precision of the stored weights (default: float32 for dust3r, float16 for viewcrafter)",
+    )
+    convert.add_argument("--verify", action="store_true", help="dust3r: only compare a finished --output with its checksums")
+    convert.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
 
     command(
         "doctor",
@@ -270,13 +224,23 @@ def _distill(parser: argparse.ArgumentParser) -> None:
 
 def _inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "photos", nargs="+", metavar="PHOTO", help="two or more photos of one size, in the order in which neighbours overlap"
+        "photos",
+        nargs="+",
+        metavar="PHOTO",
+        help="two or more photos of one size, in the order in which neighbours overlap; with DUSt3R one suffices",
     )
     parser.add_argument(
         "--cameras",
         metavar="FILE",
         help="known cameras of the photos: transforms.json (nerfstudio) or a COLMAP model folder (default: estimated)",
     )
+    parser.add_argument(
+        "--geometry",
+        choices=("auto", "classical", "dust3r"),
+        default="auto",
+        help="classical (features and stereo), dust3r, or auto: dust3r where --dust3r-weights are given (default: auto)",
+    )
+    parser.add_argument("--dust3r-weights", metavar="DIR", help="written by `fvgen convert dust3r`")
     parser.add_argument("--trajectory", default="smooth", metavar="SPEC", help="camera path, see below (default: smooth)")
     parser.add_argument(
         "--frames", type=whole(2, 64), default=16, metavar="N", help="frames from one photo to the next, with both (default: 16)"

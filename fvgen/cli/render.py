@@ -7,9 +7,10 @@ import argparse
 import torch
 
 from fvgen.cli.generate import sizes, warn
-from fvgen.cli.inputs import check_photos, check_resources, count_frames, true_frames
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, true_frames
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
+from fvgen.estimators import make_estimator
 from fvgen.io import read_images
 from fvgen.pipeline import prepare
 from fvgen.utils.device import choose_device
@@ -18,7 +19,7 @@ from fvgen.utils.stopwatch import Stopwatch
 
 def run(arguments: argparse.Namespace) -> None:
     """Renders, writes and says where things are."""
-    photo_sizes = check_photos(arguments.photos)
+    photo_sizes = check_photos(arguments)
     frames = count_frames(arguments)
     device = choose_device(arguments.device)
     truth = true_frames(arguments, frames)
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
             photos = read_images(arguments.photos)
+            estimator = make_estimator(arguments.geometry, arguments.dust3r_weights, device)
         prepared = prepare(
             photos,
             arguments.cameras,
@@ -35,11 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.size,
             device,
             stages,
+            estimator=estimator,
             compositor=arguments.compositor,
             radius=arguments.radius,
             points_per_pixel=arguments.points_per_pixel,
         )
         watch.timings.update(prepared.timings)
-        report = write_outputs(arguments, prepared, None, truth, {"sizes": sizes(photo_sizes, prepared)}, watch)
+        facts = {"sizes": sizes(photo_sizes, prepared), **geometry_facts(arguments)}
+        report = write_outputs(arguments, prepared, None, truth, facts, watch)
     warn(report)
     tell(arguments, report)

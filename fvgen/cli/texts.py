@@ -23,6 +23,8 @@ examples:
   fvgen generate a.jpg b.jpg c.jpg --frames 16 --seed 3 --output walk     31 frames: neighbours share the photo between them
   fvgen generate a.jpg b.jpg --cameras transforms.json --output known     cameras known, for example from COLMAP
   fvgen generate a.jpg b.jpg --trajectory orbit:deg=15 --output orbit
+  fvgen generate a.jpg b.jpg --dust3r-weights dust3r --output learned     geometry by DUSt3R instead of features and stereo
+  fvgen generate a.jpg --dust3r-weights dust3r --trajectory orbit:deg=15 --output one
 
 {TRAJECTORIES}
 written to --output:
@@ -126,4 +128,15 @@ examples:
   fvgen export-student run --output student
   fvgen export-student run/checkpoints/stage1-004000 --no-ema --output stage1
   fvgen generate left.jpg right.jpg --model student --output room
+"""
+
+CONVERT = """\
+examples:
+  fvgen convert dust3r DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth --output dust3r
+  fvgen convert dust3r --verify --output dust3r               compare with the checksums
+  fvgen convert viewcrafter model.ckpt --preset viewcrafter_1024 --output viewcrafter
+  fvgen generate a.jpg b.jpg --dust3r-weights dust3r --model viewcrafter --sampler teacher --steps 50 --output room
+
+Pickled files are read as plain tensors; nothing in them is run. Every weight has to be known: what is left out, and why, is said.
+The directory appears whole or not at all. More in docs/weights.md.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,20 @@ def read_reference_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]
     if not file.is_file():
         raise UserError(f"there is no checkpoint file {file}; check the path")
     if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        state: Any = load_file(file)
+        try:
+            state: Any = load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a readable safetensors file ({error}); get the checkpoint again") from None
     else:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            objects = isinstance(error, pickle.UnpicklingError)
+            reason = "it holds other objects" if objects else str(error).splitlines()[0]
+            raise UserError(f"{file} cannot be read as plain weights ({reason}); save its weights as safetensors") from None
         state = content.get("state_dict", content.get("module")) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{file} holds neither a state_dict nor a module; give the checkpoint file of ViewCrafter")

@@ -92,7 +92,7 @@ def test_constructor_text_is_read_and_never_run() -> None:
     )
     sizes = {"encoder_width": 1024, "encoder_layers": 24, "encoder_heads": 16}
     sizes |= {"decoder_width": 768, "decoder_layers": 12, "decoder_heads": 12}
-    assert network_arguments(text) == {"rope_base": 100.0} | sizes
+    assert network_arguments(text) == {"rope_base": 100.0, "image_size": 512} | sizes
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def test_constructor_text_is_read_and_never_run() -> None:
         ("AsymmetricCroCo3DStereo(conf_mode=('sigmoid', 0, 1))", "conf_mode"),
         ("AsymmetricCroCo3DStereo(pos_embed='cosine')", "pos_embed"),
         ("AsymmetricCroCo3DStereo(new=1)", "new=1 is not supported"),
+        ("AsymmetricCroCo3DStereo(img_size='large')", "img_size='large' is not supported"),
     ],
 )
 def test_other_models_are_refused(text: str, message: str) -> None:

@@ -36,5 +36,6 @@ def cleaned_confidence(points: Tensor, cameras: Cameras, confidence: Tensor) -> 
             xy = (seen @ cameras.K[j].T)[..., :2] / depth[..., None]
             inside = (depth > 0) & (xy >= 0).all(-1) & (xy[..., 0] < width) & (xy[..., 1] < height)
             x, y = torch.where(inside[..., None], xy, 0.0).long().unbind(-1)
-            cleaned[i][inside & (depth < (1 - MARGIN) * depths[j, y, x]) & (cleaned[i] < cleaned[j, y, x])] = 0.0
+            floats = inside & (depth < (1 - MARGIN) * depths[j, y, x]) & (cleaned[i] < cleaned[j, y, x])
+            cleaned[i].masked_fill_(floats, 0.0)
     return cleaned

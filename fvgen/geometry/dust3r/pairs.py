@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from fvgen.models.dust3r import Dust3rNetwork
 
 Progress = Callable[[str, float], None]
+GPU_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class PairPrediction:
         """Product of both mean confidences; the pair with the highest score is trusted most."""
         return float(self.confidence_first.mean() * self.confidence_second.mean())
 
+    def to(self, device: torch.device | str) -> PairPrediction:
+        """The same on another device."""
+        names = ("points_first", "confidence_first", "points_second", "confidence_second")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
 
 def complete_pairs(count: int) -> list[tuple[int, int]]:
     """Every ordered pair of ``count`` photos: (1, 0), (2, 0), (2, 1), ... and then the same pairs swapped."""
@@ -44,35 +51,73 @@ def complete_pairs(count: int) -> list[tuple[int, int]]:
     return pairs + [(j, i) for i, j in pairs]
 
 
+def neighbour_pairs(count: int) -> list[tuple[int, int]]:
+    """Both orders of every two successive photos; the photo with itself where there is one only."""
+    pairs = [(i, i + 1) for i in range(count - 1)]
+    return pairs + [(j, i) for i, j in pairs] or [(0, 0)]
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """A GPU may round the inputs of float32 matrix products to TF32 inside the block, as the original does everywhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@tf32_products()
 def predict_pairs(
-    network: Dust3rNetwork, images: Sequence[Tensor], pairs: Sequence[tuple[int, int]], *, progress: Progress | None = None
+    network: Dust3rNetwork,
+    images: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
 ) -> list[PairPrediction]:
-    """Predictions for ``pairs`` in their order, on the CPU. Each image is encoded once.
+    """Predictions for ``pairs`` in their order, on the network's device. Each image is encoded once.
 
     Args:
         network: on any device.
         images: ``[1, 3, H, W]`` each, in [-1, 1]; sizes and orientations may differ.
         pairs: (first, second) indices into ``images``.
+        batch: images or pairs at once, where they agree in size; None = 8 on a GPU and 1 elsewhere.
         progress: called with a label and the fraction that is done.
     """
+    device = network.device
+    batch = batch or (GPU_BATCH if device.type == "cuda" else 1)
     used = sorted({index for pair in pairs for index in pair})
     steps, done = len(used) + len(pairs), 0
-    features = {}
-    for index in used:
-        features[index] = network.encode(images[index].to(network.device, network.dtype))
-        done += 1
+    features: dict[int, Any] = {}
+    for part in _alike(used, lambda index: images[index].shape, batch):
+        encoded = network.encode(torch.cat([images[index] for index in part]).to(device))
+        features |= {index: encoded[n : n + 1] if len(part) > 1 else encoded for n, index in enumerate(part)}
+        done += len(part)
         if progress:
             progress("encoding photos", done / steps)
-    predictions = []
-    for first, second in pairs:
-        maps = network.decode(features[first], features[second])
-        parts = [part[0].cpu() for point_map in maps for part in (point_map.points, point_map.confidence)]
-        predictions.append(PairPrediction(first, second, *parts))
-        done += 1
+    found: dict[tuple[int, int], PairPrediction] = {}
+    for some in _alike(pairs, lambda pair: (images[pair[0]].shape, images[pair[1]].shape), batch):
+        sides = [[features[pair[side]] for pair in some] for side in (0, 1)]
+        maps = network.decode(*(side[0].join(side) if len(side) > 1 else side[0] for side in sides))
+        for n, pair in enumerate(some):
+            parts = [part[n] for point_map in maps for part in (point_map.points, point_map.confidence)]
+            found[pair] = PairPrediction(*pair, *parts)
+        done += len(some)
         if progress:
             progress("predicting pairs", done / steps)
-    return predictions
+    return [found[pair] for pair in pairs]
+
+
+def _alike(items: Iterable[Any], kind: Callable[[Any], Any], most: int) -> Iterator[list[Any]]:
+    """Up to ``most`` items of one kind at a time."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    for group in groups.values():
+        yield from (group[n : n + most] for n in range(0, len(group), most))
 
 
 def image_confidence(predictions: Sequence[PairPrediction], index: int) -> Tensor:

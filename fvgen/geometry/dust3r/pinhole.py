@@ -30,9 +30,9 @@ def intrinsics(focal: float, size: tuple[int, int]) -> Tensor:
     return torch.tensor([[focal, 0, x], [0, focal, y], [0, 0, 1]], dtype=torch.float64)
 
 
-def pixel_centres(size: tuple[int, int]) -> Tensor:
+def pixel_centres(size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
     """(x, y) ``[H, W, 2]`` float64."""
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) + 0.5 for n in size), indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in size), indexing="ij")
     return torch.stack([x, y], dim=-1)
 
 
@@ -48,7 +48,7 @@ def estimate_focal(points: Tensor, axis: tuple[float, float] | None = None, limi
         limits: smallest and largest focal length as multiples of that of a field of view of 60 degrees over the long side.
     """
     size = (points.shape[0], points.shape[1])
-    pixels = pixel_centres(size) - torch.tensor(axis or optical_axis(size), dtype=torch.float64)
+    pixels = pixel_centres(size, points.device) - points.new_tensor(axis or optical_axis(size), dtype=torch.float64)
     directions = (points[..., :2].double() / points[..., 2:].double()).nan_to_num(posinf=0.0, neginf=0.0)
     along, squared = (pixels * directions).sum(-1), directions.square().sum(-1)
     focal = along.sum() / squared.sum()
@@ -71,6 +71,7 @@ def camera_pose(points: Tensor, K: Tensor, mask: Tensor, iterations: int = 100) 
 
     if int(mask.sum()) < MIN_POINTS:
         return None
+    points, mask = points.cpu(), mask.cpu()
     pixels = pixel_centres((points.shape[0], points.shape[1]))[mask].numpy()
     found, rotation, translation, _ = cv2.solvePnPRansac(
         points[mask].double().numpy(),
@@ -94,6 +95,6 @@ def transform(pose: Tensor, points: Tensor) -> Tensor:
 
 def unproject(depth: Tensor, K: Tensor, world_from_cam: Tensor) -> Tensor:
     """World points ``[H, W, 3]`` float64 of a depth map ``[H, W]`` (z), taken at the pixel centres."""
-    pixels = pixel_centres((depth.shape[0], depth.shape[1]))
-    rays = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1) @ torch.linalg.inv(K.double()).T
+    pixels = pixel_centres((depth.shape[0], depth.shape[1]), depth.device)
+    rays = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1) @ torch.linalg.inv(K.double()).T.to(pixels)
     return transform(world_from_cam.double(), rays * depth.double()[..., None])

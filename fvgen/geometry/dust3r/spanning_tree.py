@@ -33,18 +33,33 @@ POSE_ITERATIONS = 10
 def register(source: Tensor, target: Tensor, weights: Tensor) -> tuple[float, Tensor, Tensor]:
     """``(s, R [3, 3], T [3])`` float64 with the least weighted squares of ``s R x + T`` to the target.
 
-    ``source`` and ``target`` are ``[..., 3]``, ``weights`` ``[...]`` (Umeyama's closed form).
+    ``source`` and ``target`` are ``[..., 3]``, ``weights`` ``[...]`` (Umeyama's closed form). R and T are on the CPU.
     """
+    return _similarity(_moments(source, target, weights).cpu())
+
+
+def _moments(source: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """``[16]`` float64: both means, the source's variance, the covariance of target and source, row by row."""
     x, y = source.reshape(-1, 3).double(), target.reshape(-1, 3).double()
     w = weights.reshape(-1, 1).double() / weights.double().sum()
     mean_x, mean_y = (w * x).sum(0), (w * y).sum(0)
     x, y = x - mean_x, y - mean_y
-    U, D, Vt = torch.linalg.svd((w * y).T @ x)
+    return torch.cat([mean_x, mean_y, (w * x.square()).sum()[None], ((w * y).T @ x).flatten()])
+
+
+def _similarity(moments: Tensor) -> tuple[float, Tensor, Tensor]:
+    mean_x, mean_y, variance, covariance = moments[:3], moments[3:6], moments[6], moments[7:].view(3, 3)
+    U, D, Vt = torch.linalg.svd(covariance)
     signs = torch.ones(3, dtype=torch.float64)
     signs[2] = torch.linalg.det(U @ Vt).sign()
     R = U @ torch.diag(signs) @ Vt
-    scale = (signs * D).sum() / (w * x.square()).sum()
+    scale = (signs * D).sum() / variance
     return float(scale), R, mean_y - scale * R @ mean_x
+
+
+def _moved(points: Tensor, scale: float, R: Tensor, T: Tensor) -> Tensor:
+    """``s R x + T`` of points ``[..., 3]``, float64."""
+    return scale * points.double() @ R.T.to(points.device) + T.to(points.device)
 
 
 def spanning_tree(predictions: Sequence[PairPrediction], count: int) -> list[PairPrediction]:
@@ -117,10 +132,10 @@ def _chain(
             focals[pair.first] = estimate_focal(before.points_first, limits=limits)
         if pair.first in points:
             scale, R, T = register(pair.points_first, points[pair.first], pair.confidence_first)
-            points[pair.second] = scale * pair.points_second.double() @ R.T + T
+            points[pair.second] = _moved(pair.points_second, scale, R, T)
         elif pair.second in points:
             scale, R, T = register(pair.points_second, points[pair.second], pair.confidence_second)
-            points[pair.first] = scale * pair.points_first.double() @ R.T + T
+            points[pair.first] = _moved(pair.points_first, scale, R, T)
         else:
             waiting.append(pair)
             continue
@@ -134,8 +149,9 @@ def _state(
 ) -> AlignmentState:
     """Pair poses by registration; then everything in the unit in which the pairs' mean scale is one half."""
     pair_poses, logs = [], []
-    for prediction in predictions:
-        scale, R, T = register(prediction.points_first, points[prediction.first], prediction.confidence_first)
+    # one transfer for all pairs
+    moments = torch.stack([_moments(p.points_first, points[p.first], p.confidence_first) for p in predictions])
+    for scale, R, T in map(_similarity, moments.cpu()):
         pair_poses.append(rigid(R, T / scale))
         logs.append(math.log(scale))
     unit = MEAN_PAIR_SCALE / math.exp(sum(logs) / len(logs))
@@ -148,7 +164,7 @@ def _state(
         FOCAL_SCALE * torch.tensor(focals).log(),
         torch.stack(depths).log().nan_to_num(nan=0.0, neginf=0.0).float(),
         pairs.float(),
-    )
+    ).to(depths[0].device)
 
 
 def aligned_scene(
@@ -166,10 +182,14 @@ def aligned_scene(
     Args:
         images: all photos at the predictions' size.
         predictions: of :func:`fvgen.geometry.dust3r.pairs.complete_pairs`, or any pairs that connect all photos, in both orders.
+            Most of the work is done on the device where they are.
         steps, schedule: of the optimisation; "linear" or "cosine".
         min_confidence: pixels at or below it get the confidence 0.
         focal_limits: for the start, see :func:`fvgen.geometry.dust3r.pinhole.estimate_focal`.
         progress: called with a label and the fraction that is done.
+
+    Returns:
+        The scene, on the CPU.
 
     Raises:
         UserError: the photos differ in size, or the pairs do not suffice.

@@ -13,8 +13,13 @@ _LAZY = {
     "Features": "network",
     "PointMap": "head",
     "convert_dust3r": "checkpoint",
+    "key_report": "stored",
     "load_dust3r": "checkpoint",
+    "network_arguments": "checkpoint",
+    "read_dust3r": "stored",
     "read_dust3r_checkpoint": "checkpoint",
+    "verify_dust3r": "stored",
+    "write_dust3r": "stored",
 }
 __all__ = sorted(_LAZY)
 

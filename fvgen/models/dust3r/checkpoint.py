@@ -39,8 +39,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "norm_im2_in_dec": (True,),
     "qkv_bias": (True,),
 }
-# Without effect on inference: any size can be put in, orientation is an argument of the call, nothing is trained here.
-_WITHOUT_EFFECT = {"img_size", "landscape_only", "freeze"}
+# Without effect on inference: orientation is an argument of the call, nothing is trained here.
+_WITHOUT_EFFECT = {"landscape_only", "freeze"}
 
 
 def _literal(node: ast.expr) -> Any:
@@ -52,6 +52,12 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Tuple | ast.List):
         return tuple(_literal(item) for item in node.elts)
     return ast.literal_eval(node)
+
+
+def _sides(value: Any) -> tuple[int, ...]:
+    """The sides of a stated image size, none if it is something else."""
+    sides = value if isinstance(value, tuple) else (value,)
+    return sides if sides and all(isinstance(side, int) and side > 0 for side in sides) else ()
 
 
 def network_arguments(constructor: str) -> dict[str, Any]:
@@ -71,6 +77,8 @@ def network_arguments(constructor: str) -> dict[str, Any]:
     for name, value in given.items():
         if name in _SIZES:
             ours[_SIZES[name]] = value
+        elif name == "img_size" and _sides(value):
+            ours["image_size"] = max(_sides(value))
         elif name == "pos_embed" and str(value).startswith("RoPE") and str(value)[4:].isdigit():
             ours["rope_base"] = float(value[4:])
         elif name not in _WITHOUT_EFFECT and value not in _FIXED.get(name, ()):
@@ -99,7 +107,8 @@ def read_dust3r_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tens
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+        objects = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds other objects" if objects else str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read as plain weights ({reason}); save its weights as safetensors") from None
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

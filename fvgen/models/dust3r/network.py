@@ -33,6 +33,11 @@ class Features:
     def __getitem__(self, rows: slice) -> Features:
         return Features(self.tokens[rows], self.grid, None if self.transposed is None else self.transposed[rows])
 
+    @staticmethod
+    def join(parts: Sequence[Features]) -> Features:
+        """One batch of images that are stored upright and have one size."""
+        return Features(torch.cat([part.tokens for part in parts]), parts[0].grid)
+
     def positions(self) -> Tensor:
         """Token indices (y, x) ``[B, N, 2]``."""
         upright = grid_positions(self.grid, self.tokens.device).expand(len(self.tokens), -1, -1)
@@ -51,6 +56,7 @@ class Dust3rNetwork(ModelMixin, ConfigMixin):
         mlp_ratio: hidden width of the MLPs over the width.
         rope_base: of the rotary positions.
         layer_widths, feature_width, last_width: size of the heads.
+        image_size: long side of the images that it was trained on, pixels; others can be put in.
     """
 
     @register_to_config
@@ -68,6 +74,7 @@ class Dust3rNetwork(ModelMixin, ConfigMixin):
         layer_widths: Sequence[int] = (96, 192, 384, 768),
         feature_width: int = 256,
         last_width: int = 128,
+        image_size: int = 512,
     ) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, encoder_width, patch_size, stride=patch_size)
@@ -81,6 +88,13 @@ class Dust3rNetwork(ModelMixin, ConfigMixin):
         self.head_1 = DptHead(widths, layer_widths, feature_width, last_width)
         self.head_2 = DptHead(widths, layer_widths, feature_width, last_width)
         self.head_depths = (0, decoder_layers // 2, decoder_layers * 3 // 4, decoder_layers)
+
+    def trunk_to(self, dtype: torch.dtype) -> Dust3rNetwork:
+        """Casts encoder and decoders in place; the heads stay float32. Returns itself."""
+        for name, part in self.named_children():
+            if not name.startswith("head_"):
+                part.to(dtype=dtype)
+        return self
 
     def forward(
         self, image_1: Tensor, image_2: Tensor, transposed_1: Tensor | None = None, transposed_2: Tensor | None = None
@@ -109,6 +123,7 @@ class Dust3rNetwork(ModelMixin, ConfigMixin):
         if height % patch or width % patch:
             raise UserError(f"an image of {width}x{height} pixels does not divide into patches of {patch}; crop it to a multiple")
         grid = (height // patch, width // patch)
+        image = image.to(self.patch_embedding.weight.dtype)
         tokens = self.patch_embedding(image).flatten(2).transpose(1, 2)
         if transposed is not None:
             turned = self.patch_embedding(image.transpose(2, 3)).flatten(2).transpose(1, 2)
