@@ -40,6 +40,7 @@ def step_records(
         "suite": "train",
         "model": options.model,
         "weights": "random weights",
+        "quick": options.quick,
         "gpus": world,
         "layout": "replicate" if parallel.mesh is None else "shard",
         "batch": settings.batch,

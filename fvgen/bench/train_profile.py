@@ -31,6 +31,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("elementwise, sums", r"elementwise|reduce|aten::"),
 )
 OTHER = "other"
+_WAITS = (" Sync", " Wait Event")  # some profilers list waiting beside the kernels
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def profile_updates(update: Callable[[], None], count: int, device: torch.device
         rows = profiler.key_averages()
         return Profile(None, None, {row.key: (1e-3 * row.self_cpu_time_total, row.count) for row in rows})
     events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    events = [e for e in events if not e.name.endswith(_WAITS)]
     return summarise((e.name, e.time_range.start, e.time_range.end) for e in events)
 
 
