@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fvgen.models.dust3r import Dust3rNetwork, convert_dust3r, load_dust3r
 from fvgen.models.dust3r.checkpoint import network_arguments
 from fvgen.models.dust3r.key_map import dust3r_key_map, standard_state, unused_reason
+from fvgen.models.dust3r.stored import key_report
 from fvgen.utils.errors import UserError
 from tests import golden_dust3r as reference
 
@@ -97,6 +98,10 @@ def test_full_model_has_the_reference_weights() -> None:
     unused = {k for k in keys if unused_reason(k)}
     assert unused == set(entry["keys_present_but_never_used_in_forward"])
     assert set(keys) - set(used) - unused == set(entry["aliased_keys"])
+    told = key_report(state, network)
+    counts = (told["in_the_checkpoint"], told["converted"], told["second_names_of_the_same_tensor"])
+    assert counts == (len(keys), len(names), len(entry["aliased_keys"]))
+    assert {key for found in told["unused"].values() for key in found} == unused
     left_out = sum(state[k].numel() for k in unused)
     assert sum(p.numel() for p in network.parameters()) + left_out == entry["n_parameters_unique"]
 

@@ -19,6 +19,7 @@ TITLES = {
     "speedup": "Teacher and student",
     "kernels": "Operators",
     "raster": "Point rasterizer",
+    "dust3r": "DUSt3R",
     "train": "Training step",
     "other": "Other figures",
 }

@@ -20,7 +20,7 @@ from fvgen.utils.errors import UserError
 if TYPE_CHECKING:
     from fvgen.bench.model import BenchModel
 
-SUITES = ("kernels", "raster", "sampler", "train", "speedup")
+SUITES = ("kernels", "raster", "dust3r", "sampler", "train", "speedup")
 REPORT_DIRECTORY = "docs/benchmarks"
 # the suites that an option belongs to
 BELONGS = {
@@ -159,6 +159,10 @@ def _suite(suite: str, arguments: argparse.Namespace, device: str, model: BenchM
         yield from measure_raster(device, rounds(60, 3), quick, _say)
     elif suite == "train" and arguments.suite == "train" and arguments.model:
         yield from bench_train.measure(arguments, device, _say)
+    elif suite == "dust3r":
+        from fvgen.bench.dust3r import measure_dust3r
+
+        yield from measure_dust3r(device, rounds(30, 2), quick, _say)
     elif suite == "train":
         from fvgen.bench.train import measure_train
 

@@ -304,7 +304,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    suites = ("kernels", "raster", "sampler", "train", "speedup", "all", "report")
+    suites = ("kernels", "raster", "dust3r", "sampler", "train", "speedup", "all", "report")
     parser.add_argument("suite", choices=suites, metavar="SUITE", help=", ".join(suites))
     parser.add_argument("results", nargs="*", metavar="RESULT", help="for report: result files to show together")
     parser.add_argument("--json", metavar="FILE", help="write the records here, each as soon as it is measured")

@@ -63,6 +63,7 @@ examples:
 suites:
   kernels   operators: time, share of the measured copy bandwidth, reference, torch.compile, libraries
   raster    point rasterizer over points, views, points per pixel, image size; image and gradients
+  dust3r    the network on two photos, the alignment of eight
   sampler   one clip stage by stage and whole, first clip of a new process, batches, the teacher
   train     a training step of the tiny model; with --model, both stages of the distillation and stage 2 in plain PyTorch
   speedup   guided teacher and four-step student from points to frames in one process

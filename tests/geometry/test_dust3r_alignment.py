@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fvgen.geometry.conventions import invert_rigid, rigid
+from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise
 from fvgen.geometry.dust3r.clean import cleaned_confidence
 from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs
 from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
@@ -86,3 +89,53 @@ def test_a_floating_point_is_cleaned_away() -> None:
     confidence = torch.stack([torch.full(SIZE, 2.0), torch.full(SIZE, 3.0)])
     cleaned = cleaned_confidence(points, cameras, confidence)
     assert (cleaned == 0).nonzero().tolist() == [[0, 5, 7]]
+
+
+def _noisy() -> tuple[AlignmentState, list[PairPrediction]]:
+    """A start on the CPU at which no residual is zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shaken(x: torch.Tensor) -> torch.Tensor:
+        return x + 0.02 * torch.randn(x.shape, generator=generator)
+
+    names = ("points_first", "points_second")
+    predictions = [replace(p, **{name: shaken(getattr(p, name)) for name in names}) for p in _predictions()]
+    return AlignmentState(*map(shaken, initial_state(predictions, 3).parameters())), predictions
+
+
+def test_the_first_step_goes_down_by_the_rate() -> None:
+    """Adam's first step moves every parameter by the learning rate against the sign of its gradient."""
+    start, predictions = _noisy()
+    objective = Objective(predictions)
+    moving = AlignmentState(*(p.requires_grad_() for p in start.parameters()))
+    gradients = torch.autograd.grad(objective(moving), moving.parameters())
+    state, losses = optimise(start, objective, steps=1, rate=0.01)
+    assert losses == [pytest.approx(float(objective(start).detach()))]
+    for before, after, gradient in zip(start.parameters(), state.parameters(), gradients, strict=True):
+        clear = gradient.abs() > 1e-5  # Adam's epsilon does not count there
+        expected = -0.01 * gradient.sign()
+        torch.testing.assert_close((after - before).detach()[clear], expected[clear], rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_is_the_same_step() -> None:
+    """To the bit, and again the next time; and the loss of the CPU while the steps have not diverged."""
+    start, predictions = _noisy()
+    on_gpu, objective = start.to("cuda"), Objective([p.to("cuda") for p in predictions])
+    runs = [optimise(on_gpu, objective, steps=40, recorded=recorded) for recorded in (True, False, True)]
+    for state, losses in runs[1:]:
+        assert losses == runs[0][1]
+        assert all(torch.equal(a, b) for a, b in zip(state.parameters(), runs[0][0].parameters(), strict=True))
+    _, expected = optimise(start, Objective(predictions), steps=10)
+    assert runs[0][1][:10] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_scene_on_a_gpu() -> None:
+    images = ImageSet(torch.zeros(3, 3, *SIZE))
+    expected = aligned_scene(images, _predictions(), steps=0)
+    found = aligned_scene(images, [p.to("cuda") for p in _predictions()], steps=0)
+    assert found.points.device.type == found.cameras.K.device.type == "cpu"
+    torch.testing.assert_close(found.points, expected.points, rtol=0.0, atol=1e-3)
+    torch.testing.assert_close(found.cameras.world_from_cam, expected.cameras.world_from_cam, rtol=0.0, atol=1e-3)
+    assert torch.equal(found.confidence, expected.confidence)

@@ -98,3 +98,22 @@ def test_each_image_is_encoded_once() -> None:
             expected = network(images[first], images[second])
             torch.testing.assert_close(prediction.points_first, expected[0].points[0], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(prediction.confidence_second, expected[1].confidence[0], rtol=1e-5, atol=1e-6)
+
+
+SMALL = {"encoder_width": 16, "encoder_layers": 1, "encoder_heads": 2, "decoder_width": 8, "decoder_layers": 4}
+SMALL |= {"decoder_heads": 1, "layer_widths": (4, 4, 4, 4), "feature_width": 8, "last_width": 4}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batches_change_nothing(device: str) -> None:
+    """Three photos of one size and one upright, in batches of three, against one at a time on the CPU."""
+    torch.manual_seed(0)
+    network = Dust3rNetwork(**SMALL).eval()
+    images = [torch.rand(1, 3, *size) * 2 - 1 for size in ((32, 48), (32, 48), (48, 32), (32, 48))]
+    expected = predict_pairs(network, images, complete_pairs(4), batch=1)
+    found = predict_pairs(network.to(device), images, complete_pairs(4), batch=3)
+    assert [(p.first, p.second) for p in found] == complete_pairs(4)
+    bound = 1e-5 if device == "cpu" else 5e-3  # TF32 has 10 bits
+    for one, other in zip(found, expected, strict=True):
+        for name in ("points_first", "confidence_first", "points_second", "confidence_second"):
+            torch.testing.assert_close(getattr(one, name).cpu(), getattr(other, name), rtol=bound, atol=bound)

@@ -44,7 +44,8 @@ def _moments(source: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     w = weights.reshape(-1, 1).double() / weights.double().sum()
     mean_x, mean_y = (w * x).sum(0), (w * y).sum(0)
     x, y = x - mean_x, y - mean_y
-    return torch.cat([mean_x, mean_y, (w * x.square()).sum()[None], ((w * y).T @ x).flatten()])
+    covariance = ((w * y)[:, :, None] * x[:, None]).sum(0)  # a product of such long matrices is slow on a GPU
+    return torch.cat([mean_x, mean_y, (w * x.square()).sum()[None], covariance.flatten()])
 
 
 def _similarity(moments: Tensor) -> tuple[float, Tensor, Tensor]:
