@@ -277,7 +277,7 @@ BACKWARD = OpSpec(
             _kernel_backward(
                 "combine_backward_kernel",
                 f"partial_ptr weight_ptr rstd_ptr means_ptr sums_ptr grad_emb_ptr {_SIZES} programs samples",
-                {"EMB_SUMS": True, "BLOCK_P": 4096 // j, "BLOCK_J": j},
+                {"EMB_SUMS": True, "BLOCK_P": 2048 // j, "BLOCK_J": j},
                 warps=8,
             )
             for j in _WIDTHS

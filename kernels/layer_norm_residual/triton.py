@@ -161,8 +161,7 @@ def layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
 
 
 def backward_tile(channels: int, warps: int) -> dict[str, int]:
-    """Tiles of 8 elements a thread, two side by side where a row is longer than a warp's 256;
-    at least as many warps as a row takes."""
+    """Tiles of 8 elements a thread, two side by side where a row is longer than a warp's 256; and the warps, enough for a row."""
     block_c = triton.next_power_of_2(channels)
     halves = block_c > 256
     block_c //= 1 + halves
