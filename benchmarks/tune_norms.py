@@ -6,6 +6,7 @@ Candidates are compiled beforehand, one process per shape. Each is checked again
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import multiprocessing
 import sys
@@ -122,15 +123,14 @@ def _compiled(spec: OpSpec) -> Callable[..., Any]:
 def prepare(search: Search, case: Case, device: str) -> None:
     """Runs everything once, which leaves the compiled code in the caches on disk; what fails is told by the measurement."""
     torch.set_num_threads(1)
-    args = case.make(device, torch.bfloat16)
-    calls = [_compiled(search.spec), *(partial(search.function, **given) for given in search.of(args).values())]
-    for call in calls:
-        try:
-            call(*args)
-        except Exception:
-            continue
-    if device != "cpu":
-        torch.cuda.synchronize()
+    with contextlib.suppress(Exception):
+        args = case.make(device, torch.bfloat16)
+        calls: list[Callable[..., Any]] = [partial(search.function, **given) for given in search.of(args).values()]
+        for call in [_compiled(search.spec), *calls]:
+            with contextlib.suppress(Exception):
+                call(*args)
+        if device != "cpu":
+            torch.cuda.synchronize()
 
 
 def prepare_all(work: list[tuple[Search, Case]], device: str, seconds: float) -> list[tuple]:
