@@ -43,27 +43,24 @@ SHOWN = 3  # candidates of a shape, and of an operator
 LAUNCHES = ((1, 8), (1, 12), (1, 16), (2, 4), (2, 6), (2, 8), (4, 1), (4, 2), (4, 3))
 # rows of a program, rows of a tile, warps, tiles on their way
 SUMS = (
+    (64, 16, 4, 2),
     (64, 16, 4, 4),
-    (64, 32, 8, 2),
     (128, 16, 4, 1),
     (128, 16, 4, 2),
     (128, 16, 4, 4),
-    (128, 32, 4, 2),
     (128, 32, 8, 4),
     (256, 16, 4, 4),
-    (256, 32, 8, 4),
 )
 # rows of a program, rows of a tile, warps, -, whether the cache is told that nothing is read again
 GRADIENTS = (
     (16, 16, 4, 1, True),
-    (32, 32, 4, 1, True),
-    (32, 32, 4, 1, False),
-    (64, 16, 4, 1, True),
-    (64, 16, 4, 1, False),
-    (64, 32, 4, 1, True),
-    (128, 16, 4, 1, True),
+    (32, 32, 8, 1, True),
+    (32, 32, 8, 1, False),
+    (64, 32, 8, 1, True),
+    (64, 32, 8, 1, False),
+    (64, 64, 16, 1, True),
     (128, 32, 8, 1, True),
-    (256, 16, 4, 1, True),
+    (256, 32, 8, 1, True),
 )
 # rows, channels, warps, neighbours along a row, whether the cache is told that x is not read again
 TILES = (

@@ -286,7 +286,8 @@ BACKWARD = OpSpec(
             _kernel_backward(
                 "gradient_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} means_ptr out_ptr {_SIZES} programs",
-                {**_TILE, **form, "SILU": True, "ROWS": 64, "ONCE": True},
+                {**_TILE, **form, "SILU": True, "ROWS": 64, "BLOCK_R": 32, "ONCE": True},
+                warps=8,
             )
             for form in _FORMS_BACKWARD
         ),
