@@ -201,14 +201,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="every time, as a result file")
     parser.add_argument("--seconds", type=float, default=80.0, help="no shape is begun after so many (default: 80)")
-    parser.add_argument("--small", action="store_true", help="small test cases on the CPU, in Triton's interpreter")
     options = parser.parse_args(argv)
-    start, device = time.monotonic(), "cpu" if options.small else "cuda"
-    numbered = [(n, s, c) for s in SEARCHES for n, c in enumerate(s.spec.cases[:1] if options.small else s.spec.benchmarks)]
+    start, device = time.monotonic(), "cuda"
+    numbered = [(n, s, c) for s in SEARCHES for n, c in enumerate(s.spec.benchmarks)]
     work = [(s, c) for _, s, c in sorted(numbered, key=lambda item: item[0])]  # if time runs out, each operator has some shapes
     given = prepare_all(work, device, 0.5 * options.seconds)
-    if device == "cuda" and not torch.cuda.is_available():
-        print("there is no CUDA device; run this on a GPU, or try it with --small", file=sys.stderr)
+    if not torch.cuda.is_available():
+        print("there is no CUDA device; run this on a GPU", file=sys.stderr)
         return 2
     print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
     copy_rate, _ = copy_bandwidth(device)
@@ -226,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         records.append({"name": name, "value": best, "unit": "us", "candidates_us": times, **shared})
         if options.json:
             write_records(options.json, records)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     print(f"\nmeasured after {time.monotonic() - start:.0f} s; mean over the shapes:")
     for search in SEARCHES:
         print_choice(search, found.get(search.spec.name, []))
