@@ -183,7 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", nargs=2, type=int, default=(500, 350), metavar=("STAGE1", "STAGE2"))
-    parser.add_argument("--lr", type=float, help="learning rate of all networks")
+    parser.add_argument("--lr", type=float, help="learning rate of the student")
+    parser.add_argument("--fake-lr", type=float, help="of the fake score")
+    parser.add_argument("--head-lr", type=float, help="of the classifier's head")
+    parser.add_argument("--lead", type=int, help="iterations in which only the critics learn")
+    parser.add_argument("--warmup", type=int, help="iterations over which the rates rise")
     parser.add_argument("--critic-updates", type=int, help="per update of the student")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips that are scored")
     parser.add_argument("--curve-clips", type=int, default=32)
@@ -204,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for scene, first, last in options.real
         }
-        changes = {"lr": options.lr, "critic_updates": options.critic_updates, "trajectories": 512}
+        names = ("lr", "fake_lr", "head_lr", "lead", "warmup", "critic_updates")
+        changes = {"trajectories": 512, **{name: getattr(options, name) for name in names}}
         settings = replace(default_settings("tiny"), **{k: v for k, v in changes.items() if v is not None}, repeatable=False)
         ablation = Ablation(
             bundle,
@@ -214,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.clips,
             options.curve_clips,
             Reuse(options.window, 10**9, 32),  # never moves on: the same clips for all
-            Cadence(log=50, checkpoint=10**9, keep=1, validate=options.curve_every),
+            Cadence(log=25, checkpoint=100, keep=1, validate=options.curve_every),
             parallel,
             real,
         )

@@ -110,7 +110,8 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
         )
     each = batch // world
     micro = arguments.micro_batch or max(n for n in range(1, min(settings.micro_batch, each) + 1) if each % n == 0)
-    changes = given(arguments, ("lr", "warmup", "ema", "guidance", "rescale", "inputs", "divergence", "critic_updates", "seed"))
+    names = ("lr", "fake_lr", "head_lr", "lead", "warmup", "ema", "guidance", "rescale", "inputs", "divergence", "critic_updates")
+    changes = given(arguments, (*names, "seed"))
     for option in ("checkpointing", "graphs"):
         if getattr(arguments, option) is not None:
             changes[option] = getattr(arguments, option)

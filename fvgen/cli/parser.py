@@ -177,6 +177,11 @@ def _distill(parser: argparse.ArgumentParser) -> None:
 
     choices = parser.add_argument_group("choices of the method (default: the recipe's)")
     choices.add_argument("--lr", type=positive(1.0), metavar="X", help="learning rate of all networks (default: 5e-5)")
+    choices.add_argument("--fake-lr", type=positive(1.0), metavar="X", help="of the fake score alone (default: the recipe's)")
+    choices.add_argument(
+        "--head-lr", type=positive(1.0), metavar="X", help="of the classifier's head alone (default: the recipe's)"
+    )
+    choices.add_argument("--lead", type=whole(0, 10**6), metavar="N", help="first iterations in which only the critics learn")
     choices.add_argument("--warmup", type=whole(0, 10**6), metavar="N", help="iterations until it is reached (default: 100)")
     choices.add_argument("--ema", type=positive(0.999999), metavar="X", help="decay of the student's average (default: 0.999)")
     choices.add_argument("--steps", type=whole(1, 64), metavar="N", help="steps of the student (default: 4)")

@@ -36,7 +36,7 @@ class NetworkOptimiser:
 
     @torch.no_grad()  # also spares each piece of a sharded tensor its way through autograd
     def step(self, rate: float) -> Tensor:
-        """One update at the learning rate ``rate``; the norm of the gradient over all ranks, before it is clipped."""
+        """One update at the learning rate ``rate``, none at 0; the norm of the gradient over all ranks, before it is clipped."""
         for name, p in self._parameters.items():
             if sharded(p):
                 piece = local(p)
@@ -49,6 +49,8 @@ class NetworkOptimiser:
         if any(sharded(p) for p in self._parameters.values()):
             dist.all_reduce(square)
         norm = square.sqrt()
+        if not rate:
+            return norm
         torch._foreach_mul_(gradients, (self._settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self._adamw.param_groups:
             group["lr"] = rate

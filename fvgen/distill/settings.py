@@ -23,7 +23,10 @@ class TrainSettings:
         micro_batch: clips per forward call. ``batch / micro_batch`` calls are dealt out to the GPUs; each draws its own random
             numbers, so the number of GPUs changes nothing but the order of additions.
         lr, betas, weight_decay: of AdamW, for every network.
-        warmup: iterations over which the learning rate rises from 0.
+        fake_lr, head_lr: learning rates of the fake score and of the classifier's head, None for ``lr``.
+        lead: iterations at the beginning of a stage in which only the critics learn. AdamW takes steps of full size whatever the
+            gradient's size, so a student that starts together with an untrained head follows noise.
+        warmup: iterations over which the learning rates rise from 0, each from where its network begins to learn.
         clip_norm: bound of each network's gradient norm.
         ema: decay of the student's running average.
         guidance, rescale: of the teacher in stage 2 and on its trajectories.
@@ -51,6 +54,9 @@ class TrainSettings:
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
+    fake_lr: float | None = None
+    head_lr: float | None = None
+    lead: int = 0
     warmup: int = 100
     clip_norm: float = 1.0
     ema: float = 0.999
@@ -78,6 +84,18 @@ class TrainSettings:
     def lanes(self) -> int:
         """Forward calls per update, over all GPUs."""
         return self.batch // self.micro_batch
+
+    def rate(self, network: str, iteration: int, alone: bool = False) -> float:
+        """Learning rate of a network in an iteration of a stage, counted from 0.
+
+        Args:
+            network: ``student``, ``fake`` or ``head``.
+            iteration: student updates before.
+            alone: the stage has no critics, so that nobody leads.
+        """
+        own = {"fake": self.fake_lr, "head": self.head_lr}.get(network)
+        learning = iteration + 1 - (self.lead if network == "student" and not alone else 0)
+        return (self.lr if own is None else own) * min(1.0, max(learning, 0) / max(self.warmup, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""

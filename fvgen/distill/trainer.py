@@ -167,8 +167,8 @@ class Trainer:
         statistics = dict(rows[0])
         if len(rows) > 1:
             statistics = {name: torch.stack([row[name] for row in rows]).mean() for name in statistics}
-        rate = settings.lr * min(1.0, (self.iteration + 1) / max(settings.warmup, 1))
         for name in trained:
+            rate = settings.rate(name, self.iteration, alone=not self.method.critic_updates)
             statistics[f"{name}_gradient"] = self._optimisers[name].step(rate)
         if student:
             self.average.update()

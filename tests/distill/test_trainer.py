@@ -71,6 +71,25 @@ def test_updates_by_hand(stage: int, clip_norm: float, tmp_path: Path) -> None:
     trainer.close()
 
 
+def test_the_critics_lead(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, lead=2, warmup=4, lr=1e-3, fake_lr=2e-3, head_lr=8e-3)
+    assert [settings.rate("student", i) for i in range(7)] == pytest.approx([0, 0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert [settings.rate("head", i) for i in (0, 3, 9)] == pytest.approx([2e-3, 8e-3, 8e-3])
+    assert settings.rate("fake", 0) == pytest.approx(5e-4)
+    assert settings.rate("student", 0, alone=True) == pytest.approx(2.5e-4)
+    trainer = small_trainer(tmp_path, settings, stage=2)
+    changed = {}
+    for iteration in range(3):
+        before = {name: [p.detach().clone() for p in m.parameters()] for name, m in trainer.roles.trained.items()}
+        while trainer.iteration == iteration:
+            trainer.advance()
+        for name, module in trainer.roles.trained.items():
+            changed[name, iteration] = any(not torch.equal(a, b) for a, b in zip(module.parameters(), before[name], strict=True))
+    trainer.close()
+    assert [changed["student", i] for i in range(3)] == [False, False, True]
+    assert all(changed[name, i] for name in ("fake", "head") for i in range(3))
+
+
 def test_checkpointed_activations_give_the_same_updates(tmp_path: Path) -> None:
     weights = []
     for checkpointing in (False, True):
