@@ -25,6 +25,7 @@ from fvgen.diffusion.few_step import few_step_sample
 from fvgen.diffusion.noise import seeded_noise
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
+from fvgen.distill.comparison import stage_iterations
 from fvgen.distill.guards import TrainingStopped
 from fvgen.distill.parallel import Parallel
 from fvgen.distill.run import CHECKPOINTS, RunOptions, distill
@@ -115,8 +116,7 @@ class Ablation:
         name, stages, before = ROWS[row]
         if before is not None:
             self.run(before, seed)
-        first, second = self._iterations
-        iterations = {"stage_one_only": (first,), "no_stage_one": (second,), "dmd2": (first + second,)}.get(name, (first, second))
+        iterations = stage_iterations(name, self._iterations)
         settings = replace(self._settings, run=name, stages=stages, iterations=iterations, seed=seed)
         folder = self._output / f"{row}-{seed}"
         start = None if before is None else self._output / f"{before}-{seed}"
@@ -176,13 +176,26 @@ class Ablation:
         )
 
 
+def parse_run(text: str) -> tuple[str, int]:
+    """Row and seed of "fvgen:0".
+
+    Raises:
+        UserError: it is something else.
+    """
+    row, _, seed = text.partition(":")
+    if row not in ROWS or not seed.isdecimal():
+        raise UserError(f"a run is a row and a seed, like fvgen:0, not {text!r}; rows are {', '.join(ROWS)}")
+    return row, int(seed)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--teacher", default="tiny", help="model directory, or tiny for the bundled one")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--iterations", nargs=2, type=int, default=(500, 350), metavar=("STAGE1", "STAGE2"))
+    everything = [f"{row}:{seed}" for seed in range(3) for row in ROWS]
+    parser.add_argument("--runs", nargs="+", default=everything, metavar="ROW:SEED", help="default: every row with seeds 0 to 2")
+    parser.add_argument("--no-baselines", action="store_true", help="leave the teacher's scores to another folder")
+    parser.add_argument("--iterations", nargs=2, type=int, help="default: the recipe's", metavar=("STAGE1", "STAGE2"))
     parser.add_argument("--lr", type=float, help="learning rate of the student")
     parser.add_argument("--fake-lr", type=float, help="of the fake score")
     parser.add_argument("--head-lr", type=float, help="of the classifier's head")
@@ -192,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=256, help="held-out clips that are scored")
     parser.add_argument("--curve-clips", type=int, default=32)
     parser.add_argument("--curve-every", type=int, default=50, metavar="ITERATIONS")
-    parser.add_argument("--window", type=int, default=2048, help="synthetic clips per orientation that all runs train on")
+    parser.add_argument("--window", type=int, default=2048, help="synthetic clips that all runs train on")
+    parser.add_argument("--trajectories", type=int, default=256, help="of the teacher, for causvid")
     parser.add_argument("--real", nargs=3, action="append", default=[], metavar=("SCENE", "FIRST", "LAST"))
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
@@ -200,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parallel = Parallel.start(options.device)
     device = parallel.device
     try:
+        runs = [parse_run(text) for text in options.runs]
         bundle = ModelBundle.from_pretrained(find_model(options.teacher)).to(device)
         index = bundle.index
         real = {
@@ -208,27 +223,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for scene, first, last in options.real
         }
-        names = ("lr", "fake_lr", "head_lr", "lead", "warmup", "critic_updates")
-        changes = {"trajectories": 512, **{name: getattr(options, name) for name in names}}
+        names = ("lr", "fake_lr", "head_lr", "lead", "warmup", "critic_updates", "trajectories")
+        changes = {name: getattr(options, name) for name in names}
         settings = replace(default_settings("tiny"), **{k: v for k, v in changes.items() if v is not None}, repeatable=False)
         ablation = Ablation(
             bundle,
             options.output,
             settings,
-            tuple(options.iterations),
+            tuple(options.iterations or settings.iterations),
             options.clips,
             options.curve_clips,
-            Reuse(options.window, 10**9, 32),  # never moves on: the same clips for all
+            Reuse(options.window, 10**9, 32, 0.0),  # never moves on: the same landscape clips for all
             Cadence(log=25, checkpoint=100, keep=1, validate=options.curve_every),
             parallel,
             real,
         )
         command = shlex.join(["python", "-m", "benchmarks.ablation", *(sys.argv[1:] if arguments is None else arguments)])
         write_records(options.output / "context.json", [{"name": "context", **context(command)}])
-        ablation.baselines()
-        for seed in options.seeds:
-            for row in options.rows:
-                ablation.run(row, seed)
+        if not options.no_baselines:
+            ablation.baselines()
+        for row, seed in runs:
+            ablation.run(row, seed)
     except UserError as error:
         parser.error(str(error))
 

@@ -82,15 +82,12 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
     Raises:
         UserError: settings that do not fit together.
     """
-    from fvgen.diffusion.schedule import NoiseSchedule
     from fvgen.diffusion.timesteps import make_timesteps
-    from fvgen.distill.comparison import make_run
-    from fvgen.distill.rollout import Process
+    from fvgen.distill.comparison import stage_iterations
     from fvgen.distill.settings import default_settings
 
     settings = default_settings(arguments.recipe)
-    methods: Any = make_run(arguments.method, Process.create(NoiseSchedule.create()))
-    own = [method.config.iterations for method in methods]
+    own = stage_iterations(arguments.method, settings.iterations)
     stages = tuple(range(1, len(own) + 1)) if arguments.stage is None else (arguments.stage,)
     if stages[-1] > len(own):
         raise UserError(f"the method {arguments.method} has {len(own)} stage; leave --stage out")

@@ -169,20 +169,24 @@ def _distill(parser: argparse.ArgumentParser) -> None:
 
     length = parser.add_argument_group("length")
     length.add_argument(
-        "--iterations", nargs="+", type=whole(1, 10**8), metavar="N", help="student updates, per stage (default: the paper's)"
+        "--iterations", nargs="+", type=whole(1, 10**8), metavar="N", help="student updates, per stage (default: the recipe's)"
     )
     length.add_argument("--minutes", type=positive(1e5), metavar="MIN", help="end after so long, with a checkpoint")
     length.add_argument("--batch", type=whole(1, 2**16), metavar="N", help="clips per update, over all GPUs")
     length.add_argument("--micro-batch", type=whole(1, 2**16), metavar="N", help="clips per forward call; more calls add up")
 
     choices = parser.add_argument_group("choices of the method (default: the recipe's)")
-    choices.add_argument("--lr", type=positive(1.0), metavar="X", help="learning rate of all networks (default: 5e-5)")
+    choices.add_argument(
+        "--lr", type=positive(1.0), metavar="X", help="learning rate of all networks (default: the recipe's, 5e-5 at full size)"
+    )
     choices.add_argument("--fake-lr", type=positive(1.0), metavar="X", help="of the fake score alone (default: the recipe's)")
     choices.add_argument(
         "--head-lr", type=positive(1.0), metavar="X", help="of the classifier's head alone (default: the recipe's)"
     )
     choices.add_argument("--lead", type=whole(0, 10**6), metavar="N", help="first iterations in which only the critics learn")
-    choices.add_argument("--warmup", type=whole(0, 10**6), metavar="N", help="iterations until it is reached (default: 100)")
+    choices.add_argument(
+        "--warmup", type=whole(0, 10**6), metavar="N", help="iterations until it is reached (default: the recipe's)"
+    )
     choices.add_argument("--ema", type=positive(0.999999), metavar="X", help="decay of the student's average (default: 0.999)")
     choices.add_argument("--steps", type=whole(1, 64), metavar="N", help="steps of the student (default: 4)")
     choices.add_argument("--inputs", choices=("real", "rollout"), help="noisy real clips, or states of the student's own sampler")

@@ -17,7 +17,6 @@ class StageOneConfig:
     """Stage 1.
 
     Attributes:
-        iterations: updates of the student in a full run.
         times: the student's time steps.
         inputs: ``real``: noisy real clips; ``rollout``: the student's own sampler (see :func:`student_sample`).
         classifier_span: range of the classifier's times, as fractions of the schedule.
@@ -26,7 +25,6 @@ class StageOneConfig:
             the noisy real latents (this project's).
     """
 
-    iterations: int = 4000
     times: tuple[int, ...] = STUDENT_TIMES
     inputs: str = "real"
     classifier_span: tuple[float, float] = (0.0, 1.0)
@@ -43,7 +41,7 @@ class MatchingConfig:
     """Stage 2 and its variants.
 
     Attributes:
-        iterations, times, inputs, critic_updates, r1_weight, r1_sigma: as in :class:`StageOneConfig`.
+        times, inputs, critic_updates, r1_weight, r1_sigma: as in :class:`StageOneConfig`.
         score_span: range of the times at which teacher and fake score are compared.
         fake_span: range of the times at which the fake score is trained: all, as the teacher was (this project's).
         classifier_span: range of the times at which the classifier is trained; it should contain ``score_span``.
@@ -54,7 +52,6 @@ class MatchingConfig:
         adversarial_weight: of the student's adversarial loss beside the matching loss; 0 leaves it out.
     """
 
-    iterations: int = 5000
     times: tuple[int, ...] = STUDENT_TIMES
     inputs: str = "real"
     score_span: tuple[float, float] = (0.02, 0.98)
@@ -79,9 +76,7 @@ class RegressionConfig:
     """Regression on the teacher's trajectories.
 
     Attributes:
-        iterations: updates of the student: as many as stage 1, whose place it takes.
         times: the student's time steps, at which the trajectories were recorded, in this order.
     """
 
-    iterations: int = 4000
     times: tuple[int, ...] = STUDENT_TIMES

@@ -18,7 +18,7 @@ class TrainSettings:
         recipe: preset of the teacher.
         run: a name of :data:`fvgen.distill.comparison.RUNS`.
         stages: which of the run's methods are trained, counted from 1.
-        iterations: student updates per trained stage.
+        iterations: student updates per stage; of a recipe those of the full method, see :func:`~.comparison.stage_iterations`.
         batch: clips per update, over all GPUs.
         micro_batch: clips per forward call. ``batch / micro_batch`` calls are dealt out to the GPUs; each draws its own random
             numbers, so the number of GPUs changes nothing but the order of additions.
@@ -136,7 +136,20 @@ def default_settings(recipe: str) -> TrainSettings:
         UserError: there is no such preset.
     """
     full = TrainSettings(recipe, checkpointing=True, teacher_dtype="bfloat16")
-    small = TrainSettings(recipe, batch=8, micro_batch=8, guidance=1.0, head=ClassifierConfig(width=64, groups=16), graphs=True)
+    small = TrainSettings(
+        recipe,
+        iterations=(150, 100),
+        batch=8,
+        micro_batch=8,
+        lr=5e-6,
+        fake_lr=1e-4,
+        head_lr=1e-3,
+        lead=20,
+        warmup=20,
+        guidance=1.0,
+        head=ClassifierConfig(width=64, groups=16),
+        graphs=True,
+    )
     known = {"tiny": small, "viewcrafter_512": full, "viewcrafter_1024": full}
     if recipe not in known:
         raise UserError(f"there is no recipe {recipe!r}; choose one of {', '.join(known)}")
