@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fvgen.geometry.dust3r.pairs import PairPrediction
-from fvgen.geometry.dust3r.pinhole import camera_pose, estimate_focal, intrinsics, transform, unproject
+from fvgen.geometry.dust3r.pinhole import camera_pose, estimate_focal, intrinsics, pose_and_focal, transform, unproject
 from fvgen.geometry.dust3r.two_view import scene_of_pair
 from fvgen.types import ImageSet
 from fvgen.utils.errors import UserError
@@ -55,6 +55,14 @@ def test_pose(suffix: str) -> None:
     K = intrinsics(float(values["in.focal"]), tuple(points.shape[:2]))
     found = camera_pose(points, K, values["in.mask"], iterations=10)
     torch.testing.assert_close(found.float(), values[f"cam2world{suffix}"], rtol=0.0, atol=2e-4)
+
+
+def test_pose_with_unknown_focal_length() -> None:
+    values = reference.tensors("geometry", "pnp.")
+    pose, focal = pose_and_focal(values["in.pts3d_world"], values["in.mask"])
+    expected_focal, expected = values["unknown_focal.focal"], values["unknown_focal.cam2world"]
+    assert focal == pytest.approx(float(expected_focal), rel=1e-6)
+    torch.testing.assert_close(pose.float(), expected, rtol=0.0, atol=2e-4)
 
 
 def _pair() -> tuple[ImageSet, list[PairPrediction], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fvgen.geometry.conventions import invert_rigid, rigid
-from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise
+from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pose_matrix
 from fvgen.geometry.dust3r.clean import cleaned_confidence
 from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs
 from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
@@ -75,8 +75,36 @@ def test_pairs_that_do_not_suffice_are_refused() -> None:
     predictions = _predictions()
     with pytest.raises(UserError, match="do not connect all 4 photos"):
         spanning_tree(predictions, 4)
-    with pytest.raises(UserError, match="photo 1 is the first of no pair"):
-        initial_state(predictions[:3], 3)
+    doubted = [
+        replace(p, confidence_first=p.confidence_first / 9, confidence_second=p.confidence_second / 9) for p in predictions
+    ]
+    with pytest.raises(UserError, match="no focal length of photo 1 was found"):
+        initial_state(doubted[:3], 3)
+
+
+def test_a_photo_that_is_first_in_no_pair() -> None:
+    """Its focal length is found to the ratio of those that are tried, which is 1.094."""
+    size, focal = (96, 128), 100.0
+    generator = torch.Generator().manual_seed(0)
+    poses, _ = _world()
+    depths = 1 + 3 * torch.rand(3, *size, generator=generator, dtype=torch.float64)
+    points = [unproject(d, intrinsics(focal, size), pose) for d, pose in zip(depths, poses, strict=True)]
+    sure = torch.full(size, 9.0)
+    predictions = []
+    for i, j in ((1, 0), (2, 0), (1, 2), (2, 1)):
+        in_first = [transform(invert_rigid(poses[i]), points[n]).float() for n in (i, j)]
+        predictions.append(PairPrediction(i, j, in_first[0], sure, in_first[1], sure))
+    state = initial_state(predictions, 3)
+    found = (state.focals / 20).exp()
+    torch.testing.assert_close(found[1:], torch.full((2,), focal), rtol=1e-4, atol=0.0)
+    assert focal / 1.1 < found[0] < focal * 1.1
+    world = pose_matrix(state.poses).double()
+    angle = so3_angle_deg((invert_rigid(world[1]) @ world[0])[:3, :3], (invert_rigid(poses[1]) @ poses[0])[:3, :3])
+    assert angle < 1.0
+
+
+def so3_angle_deg(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.rad2deg((((a.T @ b).trace() - 1) / 2).clamp(-1, 1).acos()))
 
 
 def test_a_floating_point_is_cleaned_away() -> None:

@@ -16,6 +16,7 @@ from fvgen.geometry.conventions import invert_rigid, rigid
 
 WEISZFELD_STEPS = 10
 INLIER_PX = 5.0
+FOCALS_TRIED = 21
 MIN_POINTS = 4  # SQPNP needs three, RANSAC one more
 
 
@@ -67,13 +68,32 @@ def camera_pose(points: Tensor, K: Tensor, mask: Tensor, iterations: int = 100) 
     SQPNP in RANSAC with 5 pixels of tolerance (OpenCV, whose draws are the same in every run), on the pixels in ``mask [H, W]``.
     None where fewer than four points are left or no pose is found.
     """
+    return _pnp(points, K, mask, iterations)[1]
+
+
+def pose_and_focal(points: Tensor, mask: Tensor, iterations: int = 10) -> tuple[Tensor, float] | None:
+    """As :func:`camera_pose` with a focal length in pixels that nobody knows: the first of those with the most inliers.
+
+    21 focal lengths are tried, in equal ratios from half the long side to three times it.
+    """
+    size = (points.shape[0], points.shape[1])
+    best: tuple[int, Tensor | None, float] = (0, None, 0.0)
+    for focal in np.geomspace(max(size) / 2, 3 * max(size), FOCALS_TRIED).tolist():
+        inliers, pose = _pnp(points, intrinsics(focal, size), mask, iterations)
+        if pose is not None and inliers > best[0]:
+            best = (inliers, pose, focal)
+    return None if best[1] is None else (best[1], best[2])
+
+
+def _pnp(points: Tensor, K: Tensor, mask: Tensor, iterations: int) -> tuple[int, Tensor | None]:
+    """Number of inliers, and the pose."""
     import cv2
 
     if int(mask.sum()) < MIN_POINTS:
-        return None
+        return 0, None
     points, mask = points.cpu(), mask.cpu()
     pixels = pixel_centres((points.shape[0], points.shape[1]))[mask].numpy()
-    found, rotation, translation, _ = cv2.solvePnPRansac(
+    found, rotation, translation, inliers = cv2.solvePnPRansac(
         points[mask].double().numpy(),
         pixels,
         K.double().numpy(),
@@ -83,9 +103,9 @@ def camera_pose(points: Tensor, K: Tensor, mask: Tensor, iterations: int = 100) 
         flags=cv2.SOLVEPNP_SQPNP,
     )
     if not found or not (np.isfinite(rotation).all() and np.isfinite(translation).all()):
-        return None
+        return 0, None
     R, t = torch.from_numpy(cv2.Rodrigues(rotation)[0]), torch.from_numpy(translation[:, 0])
-    return invert_rigid(rigid(R, t))
+    return len(inliers), invert_rigid(rigid(R, t))
 
 
 def transform(pose: Tensor, points: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .alignment import (
     scene_of_state,
 )
 from .pairs import PairPrediction, Progress, image_confidence
-from .pinhole import camera_pose, estimate_focal, intrinsics, transform
+from .pinhole import camera_pose, estimate_focal, intrinsics, pose_and_focal, transform
 
 POSE_CONFIDENCE = 3.0
 POSE_ITERATIONS = 10
@@ -92,7 +92,8 @@ def initial_state(
     which may be another photo's; the optimisation corrects it.
 
     Args:
-        predictions: pairs that connect all photos, each photo being the first of at least one; all of one size.
+        predictions: pairs that connect all photos; all of one size. A photo that is the first of none gets the focal length under
+            which most of its points fall on their pixels.
         count: number of photos.
         focal_limits: see :func:`fvgen.geometry.dust3r.pinhole.estimate_focal`.
 
@@ -101,8 +102,6 @@ def initial_state(
     """
     if len({tuple(p.confidence_first.shape) for p in predictions} | {tuple(p.confidence_second.shape) for p in predictions}) > 1:
         raise UserError("the photos differ in size after cropping; bring all photos to one size and orientation")
-    if missing := set(range(count)) - {p.first for p in predictions}:
-        raise UserError(f"photo {min(missing) + 1} is the first of no pair; predict pairs in both orders")
     points, poses, focals = _chain(spanning_tree(predictions, count), focal_limits)
     for prediction in sorted(predictions, key=lambda p: p.score, reverse=True):
         if prediction.first not in focals:
@@ -111,7 +110,13 @@ def initial_state(
     for i in range(count):
         if i not in poses:
             mask = image_confidence(predictions, i) > POSE_CONFIDENCE
-            found = camera_pose(points[i], intrinsics(focals[i], size), mask, POSE_ITERATIONS)
+            if i in focals:
+                found = camera_pose(points[i], intrinsics(focals[i], size), mask, POSE_ITERATIONS)
+            else:
+                both = pose_and_focal(points[i], mask, POSE_ITERATIONS)
+                if both is None:
+                    raise UserError(f"no focal length of photo {i + 1} was found; predict pairs in both orders")
+                found, focals[i] = both
             poses[i] = torch.eye(4, dtype=torch.float64) if found is None else found
     return _state(
         predictions, [points[i] for i in range(count)], [poses[i] for i in range(count)], [focals[i] for i in range(count)]
