@@ -10,6 +10,7 @@ import torch
 
 from fvgen.geometry import estimate_scene
 from fvgen.types import Cameras, ImageSet, Scene
+from fvgen.utils.device import lent
 from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Progress
 
@@ -49,6 +50,7 @@ class Dust3rEstimator:
         device: where it runs.
         dtype: of encoder and decoders. In float32 a GPU multiplies in TF32, as the original does; bfloat16 takes half the memory.
         min_confidence: pixels at or below it get no point.
+        offload: keep the weights on the CPU but for the moment of each call.
 
     Raises:
         UserError: the directory holds no network, or a damaged one.
@@ -62,17 +64,20 @@ class Dust3rEstimator:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         min_confidence: float | None = None,
+        offload: bool = False,
     ) -> None:
         from fvgen.models.dust3r import read_dust3r
 
         found = read_dust3r(network) if isinstance(network, str | os.PathLike) else network
-        self.network = found.to(device).trunk_to(dtype).eval()
+        self.network = found.to("cpu" if offload else device).trunk_to(dtype).eval()
+        self._device = device
         self._options: dict[str, Any] = {} if min_confidence is None else {"min_confidence": min_confidence}
 
     def __call__(self, images: ImageSet, cameras: Cameras | None = None, *, progress: Progress | None = None) -> Scene:
         from fvgen.geometry.dust3r.estimate import dust3r_scene
 
-        return dust3r_scene(self.network, images, cameras, progress=progress, **self._options)
+        with lent(self.network, self._device):
+            return dust3r_scene(self.network, images, cameras, progress=progress, **self._options)
 
 
 def wants_dust3r(geometry: str, weights: str | os.PathLike[str] | None) -> bool:
@@ -93,7 +98,10 @@ def wants_dust3r(geometry: str, weights: str | os.PathLike[str] | None) -> bool:
 
 
 def make_estimator(
-    geometry: str = "auto", weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu"
+    geometry: str = "auto",
+    weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    offload: bool = False,
 ) -> Estimator:
     """The estimator of a choice of ``GEOMETRIES``.
 
@@ -101,11 +109,12 @@ def make_estimator(
         geometry: "classical", "dust3r", or "auto": DUSt3R where weights are given.
         weights: directory written by ``fvgen convert dust3r``.
         device: where DUSt3R runs.
+        offload: its weights are there only while it does.
 
     Raises:
         UserError: see :func:`wants_dust3r`, or the weights cannot be read.
     """
     if wants_dust3r(geometry, weights):
         assert weights is not None
-        return Dust3rEstimator(weights, device)
+        return Dust3rEstimator(weights, device, offload=offload)
     return ClassicalEstimator()

@@ -156,9 +156,15 @@ class FVGenPipeline:
     """
 
     def __init__(
-        self, bundle: Any, device: str | torch.device = "cpu", fast: bool = False, estimator: Estimator | None = None
+        self,
+        bundle: Any,
+        device: str | torch.device = "cpu",
+        fast: bool = False,
+        estimator: Estimator | None = None,
+        cpu_offload: bool = False,
     ) -> None:
         self.bundle, self._fast, self.estimator = bundle, fast, estimator or ClassicalEstimator()
+        self._offload = cpu_offload
         self.device = torch.device(device)
         self._sampler: ModelSampler | None = None
 
@@ -170,6 +176,7 @@ class FVGenPipeline:
         fast: bool = False,
         geometry: str = "auto",
         dust3r_weights: str | os.PathLike[str] | None = None,
+        cpu_offload: bool = False,
     ) -> FVGenPipeline:
         """Loads a model.
 
@@ -179,6 +186,8 @@ class FVGenPipeline:
             fast: approximate every second step of the few-step sampler, see :class:`fvgen.inference.clip.ClipEngine`.
             geometry: "classical", "dust3r", or "auto": DUSt3R where its weights are given.
             dust3r_weights: directory written by ``fvgen convert dust3r``.
+            cpu_offload: for GPUs with little memory: what a stage does not need stays in the processor's memory, see
+                :class:`fvgen.inference.clip.ClipEngine`; slower.
 
         Raises:
             UserError: unknown name, incomplete directory, no such device.
@@ -186,8 +195,9 @@ class FVGenPipeline:
         from fvgen.models.bundle import ModelBundle
 
         chosen = choose_device(device)
-        estimator = make_estimator(geometry, dust3r_weights, chosen)
-        return cls(ModelBundle.from_pretrained(find_model(name_or_dir), device=chosen), chosen, fast, estimator)
+        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload)
+        bundle = ModelBundle.from_pretrained(find_model(name_or_dir), device="cpu" if cpu_offload else chosen)
+        return cls(bundle, chosen, fast, estimator, cpu_offload)
 
     def clip_size(self, images: Photos) -> tuple[int, int]:
         """(H, W) of the clip the model makes of these photos: portrait for portrait photos where the model knows that."""
@@ -231,7 +241,7 @@ class FVGenPipeline:
         check_segments(prepared.segments)
         watch = Stopwatch(self.device, callback)
         if self._sampler is None:
-            self._sampler = ModelSampler(self.bundle, fast=self._fast)
+            self._sampler = ModelSampler(self.bundle, fast=self._fast, offload=self.device if self._offload else None)
         model, noise = self._sampler, self._sampler.noise(seed)
         alike = len({len(s) for s in prepared.segments}) == 1  # clips of one length are generated together
         batches = [prepared.segments] if alike else [(s,) for s in prepared.segments]

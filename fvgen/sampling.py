@@ -32,18 +32,24 @@ class ModelSampler:
         seed: of the sampling noise; every call begins with it again unless it is given a noise source.
         engine: the packed networks, False for the model's own (under bfloat16 autocast on a GPU), None to decide by the device.
         fast: every second few-step call approximates, see :class:`fvgen.inference.clip.ClipEngine`; on the CPU too.
+        offload: the device to run on with a bundle that stays on the CPU, see :class:`fvgen.inference.clip.ClipEngine`.
     """
 
     def __init__(
-        self, bundle: ModelBundle, seed: int = 0, engine: ClipEngine | Literal[False] | None = None, fast: bool = False
+        self,
+        bundle: ModelBundle,
+        seed: int = 0,
+        engine: ClipEngine | Literal[False] | None = None,
+        fast: bool = False,
+        offload: torch.device | str | None = None,
     ) -> None:
-        self.device = next(bundle.unet.parameters()).device
+        self.device = next(bundle.unet.parameters()).device if offload is None else torch.device(offload)
         self.index = bundle.index
         self._seed = seed
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
         gpu = self.device.type == "cuda"
-        if engine is None and (gpu or fast):
-            engine = ClipEngine(bundle, torch.bfloat16 if gpu else torch.float32, fast)
+        if engine is None and (gpu or fast or offload is not None):
+            engine = ClipEngine(bundle, torch.bfloat16 if gpu else torch.float32, fast, offload)
         self._engine = engine or None
         self._calls: dict[tuple[int, ...], int] = {}
         self._graphs: dict[tuple[int, ...], ClipGraph | None] = {}
@@ -68,7 +74,7 @@ class ModelSampler:
         """
         key = (*shape, steps)
         self._calls[key] = self._calls.get(key, 0) + 1
-        if self._engine is None or self.device.type != "cuda" or self._calls[key] < 2:
+        if self._engine is None or self._engine.offloaded or self.device.type != "cuda" or self._calls[key] < 2:
             return None
         if key not in self._graphs:
             while len(self._graphs) >= GRAPHS:

@@ -40,7 +40,12 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
             pipeline = FVGenPipeline.from_pretrained(
-                arguments.model, device, arguments.fast, arguments.geometry, arguments.dust3r_weights
+                arguments.model,
+                device,
+                arguments.fast,
+                arguments.geometry,
+                arguments.dust3r_weights,
+                arguments.cpu_offload,
             )
             photos = read_images(arguments.photos)
             facts: dict[str, Any] = {

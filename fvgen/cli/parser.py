@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--fast", action="store_true", help="few_step: approximate every second step, quicker and a little less exact"
     )
+    generate.add_argument(
+        "--cpu-offload",
+        action="store_true",
+        help="for GPUs with little memory: keep on the CPU what a stage does not need; slower",
+    )
     _outputs(generate)
 
     render = command("render", "render", "photos to point-cloud renders along the path, without a model", RENDER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from fvgen.diffusion.predict import StepCallback
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.diffusion.timesteps import make_timesteps
+from fvgen.inference.offload import FRAMES_AT_ONCE, VisitingTower
 from fvgen.inference.towers import PackedImageTower
 from fvgen.inference.unet import Keys, Shifts, UNetEngine
 from fvgen.inference.vae import PackedVAE
 from fvgen.kernels._triton import compile_side_by_side
 from fvgen.models.bundle import ModelBundle
+from fvgen.utils.device import lent
 
 
 class Conditioned(NamedTuple):
@@ -34,20 +36,39 @@ class ClipEngine:
     """A model packed for inference: few-step sampling of clips of one batch, length and size after the other.
 
     Args:
-        bundle: the model, on the device where it is to run; weights are copied.
+        bundle: the model, on the device where it is to run unless ``offload``; weights are copied.
         dtype: of weights and activations.
         fast: every second step takes the features of all resolutions but the highest from the step before, see
             :meth:`UNetEngine.with_lower`; quicker, and an approximation.
+        offload: a device to run on with little memory. The bundle is on the CPU and stays there, but for the small embeddings of
+            time; the packed image tower visits the device for each clip, and the VAE takes a few frames at a time. Without
+            CUDA graphs of whole clips.
     """
 
-    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.bfloat16, fast: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        dtype: torch.dtype = torch.bfloat16,
+        fast: bool = False,
+        offload: torch.device | str | None = None,
+    ) -> None:
         self.dtype, self.fast, self.index = dtype, fast, bundle.index
-        self.device = next(bundle.unet.parameters()).device
-        self.unet = UNetEngine(bundle.unet, dtype)
-        self.vae = PackedVAE(bundle.vae, dtype, fold_upsample="transposed")
+        self.device = next(bundle.unet.parameters()).device if offload is None else torch.device(offload)
+        self.offloaded = offload is not None
+        with lent(bundle.unet, self.device):
+            self.unet = UNetEngine(bundle.unet, dtype)
+        with lent(bundle.vae, self.device):
+            chunk = FRAMES_AT_ONCE if self.offloaded else None
+            self.vae = PackedVAE(bundle.vae, dtype, chunk, fold_upsample="transposed")
         self._scaling = float(bundle.vae.config.scaling_factor)
-        self.tower = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)
-        self._prompt = bundle.prompt.to(dtype)
+        with lent(bundle.image_encoder, self.device), lent(bundle.image_projector, self.device):
+            self.tower: Callable[[Tensor], Tensor] = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)
+        if self.offloaded:
+            bundle.unet.time_embedding.to(self.device)
+            if bundle.unet.fps_embedding is not None:
+                bundle.unet.fps_embedding.to(self.device)
+            self.tower = VisitingTower(self.tower)
+        self._prompt = bundle.prompt.to(self.device, dtype)
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
         self._shifts: dict[tuple[int, int, int], Shifts] = {}
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
 from fvgen.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Module = TypeVar("Module", bound="torch.nn.Module")
 
 
 def choose_device(name: str) -> str:
@@ -22,3 +31,22 @@ def choose_device(name: str) -> str:
     if name.startswith("cuda:") and not (name[5:].isdigit() and int(name[5:]) < torch.cuda.device_count()):
         raise UserError(f"there is no device {name}; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return name
+
+
+@contextmanager
+def lent(module: Module, device: torch.device | str) -> Iterator[Module]:
+    """A module with its weights on ``device`` inside the block, without gradients; afterwards they are what they were."""
+    from torch.nn import Parameter
+
+    stores = [store for part in module.modules() for store in (part._parameters, part._buffers)]
+    kept = [dict(store) for store in stores]
+    try:
+        for store, old in zip(stores, kept, strict=True):
+            for name, tensor in old.items():
+                if tensor is not None:
+                    moved = tensor.detach().to(device)
+                    store[name] = Parameter(moved, requires_grad=False) if isinstance(tensor, Parameter) else moved
+        yield module
+    finally:
+        for store, old in zip(stores, kept, strict=True):
+            store.update(old)
