@@ -12,6 +12,7 @@ import torch
 from fvgen.bench.device import GpuWatch, read_gpu
 from fvgen.bench.kernels import Say, reason
 from fvgen.bench.model import BenchModel, clip_size, render_call
+from fvgen.bench.offload import measure_offload, peak
 from fvgen.bench.runner import ClipRunner, Runners, find_runners
 from fvgen.bench.timing import Timing, inference, synchronize, time_calls, time_once
 from fvgen.models.spec import ModelIndex
@@ -40,6 +41,7 @@ def measure_sampler(
     quick: bool = False,
     runners: Runners | None = None,
     say: Say = lambda _: None,
+    offload: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Records of loading, of each stage at the first batch size, of whole clips at each, and of the teacher's clip.
 
@@ -56,6 +58,7 @@ def measure_sampler(
         quick: clips of 4 frames and 64 x 96 pixels.
         runners: what samples; None takes the engine.
         say: told what is measured next.
+        offload: also measure clips with CPU offload, whatever ``runners`` are.
     """
     make = runners or find_runners("engine")
     say(f"loading {model.name}")
@@ -108,9 +111,15 @@ def measure_sampler(
             readings += [time_once(lambda: teacher.clip(render(), 0), device) for _ in range(wanted - 1)]
         name = f"teacher{teacher_steps}_{named(model, batches[0])}_s"
         how = {"steps": teacher_steps, "guidance_scale": GUIDANCE, "runner": teacher.label, "stage": "teacher clip"}
-        peak = {"peak_memory_bytes": watch.facts["peak_memory_bytes"]}
+        memory = {"peak_memory_bytes": watch.facts["peak_memory_bytes"]}
         times = Timing.of(readings, "perf_counter").seconds()
-        yield {"name": name, **facts, "batch": batches[0], **how, "unit": "s", **times, **peak}
+        yield {"name": name, **facts, "batch": batches[0], **how, "unit": "s", **times, **memory}
+        del teacher
+    if offload:
+        say(f"{model.name}, clips with CPU offload")
+        del runner
+        _empty_cache(device)
+        yield from measure_offload(model, bundle, device, max(1, rounds // 4), quick, facts)
 
 
 def named(model: BenchModel, batch: int) -> str:
@@ -167,12 +176,14 @@ def _clips(
         call()  # records, where clips are recorded, so that its memory is counted
         timing = time_calls(call, device, rounds)
     memory = {"peak_memory_bytes": watch.facts["peak_memory_bytes"], "graph_memory_bytes": runner.graph_memory}
+    what = {**facts, "stage": "clip", "graph_memory_bytes": runner.graph_memory}
     rate, energy = 1e3 * batch / timing.median_ms, _energy(call, device, batch)
     clip = {**facts, "stage": "clip", **memory, "clips_per_second": rate, "energy_per_clip_j": energy}
     records = [
         {"name": f"clip_{named(model, batch)}_ms", **clip, "unit": "ms", **timing.fields()},
         {"name": f"clips_per_s_{model.tag}_b{batch}", **facts, **memory, "value": rate, "unit": "clips/s"},
     ]
+    records += peak(f"clip_{named(model, batch)}_peak_gb", what, watch.facts["peak_memory_bytes"])
     if batch == VIEWS_BATCH and model.index.frames == VIEWS_FRAMES:
         records.append({"name": _short("views56", model), **facts, **memory, "unit": "s", **timing.seconds()})
     return records

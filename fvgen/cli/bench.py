@@ -170,14 +170,15 @@ def _suite(suite: str, arguments: argparse.Namespace, device: str, model: BenchM
     elif suite == "sampler":
         from fvgen.bench.first_call import measure_first_call
         from fvgen.bench.runner import find_runners
-        from fvgen.bench.sampler import default_batches, is_modest, measure_sampler
+        from fvgen.bench.sampler import default_batches, measure_sampler
 
         assert model is not None
         kind = arguments.runner or "engine"
         yield measure_first_call(model, device, kind, quick, _say)
         batches = arguments.batch or default_batches(model.index, quick)
-        steps = arguments.teacher_steps or (50 if quick or is_modest(model.index) else 0)
-        yield from measure_sampler(model, device, batches, rounds(20, 2), steps, quick, find_runners(kind), _say)
+        steps, runners = arguments.teacher_steps or 50, find_runners(kind)
+        offload = kind == "engine"
+        yield from measure_sampler(model, device, batches, rounds(20, 2), steps, quick, runners, _say, offload)
     else:
         from fvgen.bench.runner import find_runners
         from fvgen.bench.speedup import measure_speedup

@@ -351,7 +351,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--teacher-steps",
         type=whole(1, 1000),
         metavar="N",
-        help="sampler, speedup: DDIM steps of the teacher (default: 50; sampler beyond 512: no teacher)",
+        help="sampler, speedup: DDIM steps of the teacher (default: 50)",
     )
     step = parser.add_argument_group("train with --model")
     step.add_argument("--stage", choices=("1", "2", "both"), help="of the distillation (default: both)")

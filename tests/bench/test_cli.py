@@ -79,6 +79,7 @@ FIGURES = (
     "clips_per_s_tiny_b8",
     "views56_tiny_s",
     "first_call_tiny_s",
+    "clip_tiny_offload_ms",
 )
 
 
@@ -91,7 +92,7 @@ def test_every_figure_of_a_model(fvgen: Run, tmp_path: Path) -> None:
     records = {r["name"]: r for r in json.loads(file.read_text())}
     assert set(FIGURES) <= set(records)
     assert not [r for r in records.values() if r.get("failed")]
-    assert {r["runner"] for r in records.values()} == {"engine", "engine, DDIM"}
+    assert {r["runner"] for r in records.values()} == {"engine", "engine, DDIM", "engine, offloaded"}
 
 
 def test_the_runner_is_chosen_and_recorded(fvgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

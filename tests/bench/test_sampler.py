@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fvgen.bench.model import random_model, render_call, stored_model
+from fvgen.bench.offload import measure_offload, peak
 from fvgen.bench.record import value_of
 from fvgen.bench.runner import ModelRunner, Runners, TeacherRunner
 from fvgen.bench.sampler import default_batches, measure_sampler
@@ -106,6 +107,15 @@ def test_speedup_of_known_times(sleeper):
 def tiny():
     model = stored_model("tiny", find_model("tiny"))
     return model, model.load("cpu")
+
+
+def test_offloaded_clips():
+    model = stored_model("tiny", find_model("tiny"))
+    (time,) = measure_offload(model, model.load("cpu"), "cpu", 1, True, {"suite": "sampler"})
+    assert (time["name"], time["runner"], time["steps"]) == ("clip_tiny_offload_ms", "engine, offloaded", 4)
+    assert list(peak("clip_512_peak_gb", {"batch": 1}, 18_065_360_896)) == [
+        {"name": "clip_512_peak_gb", "batch": 1, "value": 18.065360896, "unit": "GB"}
+    ]
 
 
 def test_the_stages_make_the_clip(tiny):
