@@ -120,7 +120,7 @@ def test_other_directories_are_not_overwritten(bundle: ModelBundle, tmp_path: Pa
     assert (tmp_path / "photo.jpg").exists()
 
 
-def _reference_state(spec: ModelSpec, bundle: ModelBundle) -> dict[str, torch.Tensor]:
+def reference_state(spec: ModelSpec, bundle: ModelBundle) -> dict[str, torch.Tensor]:
     """A checkpoint in the reference layout, made from a bundle by the key maps alone."""
     modules = {name: getattr(bundle, name) for name in COMPONENTS} | {"text_encoder": ClipTextTower(**spec.text_encoder)}
     state = {}
@@ -138,7 +138,7 @@ def _reference_state(spec: ModelSpec, bundle: ModelBundle) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("layout", ["state_dict", "module", "safetensors"])
 def test_checkpoint_conversion(spec: ModelSpec, bundle: ModelBundle, tmp_path: Path, layout: str) -> None:
-    state = _reference_state(spec, bundle)
+    state = reference_state(spec, bundle)
     if layout == "safetensors":
         path = tmp_path / "model.safetensors"
         save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
@@ -158,7 +158,7 @@ def test_checkpoint_conversion(spec: ModelSpec, bundle: ModelBundle, tmp_path: P
 
 
 def test_checkpoint_that_does_not_fit(spec: ModelSpec, bundle: ModelBundle, tmp_path: Path) -> None:
-    state = _reference_state(spec, bundle)
+    state = reference_state(spec, bundle)
     lacking = {k: v for k, v in state.items() if k != "model.diffusion_model.out.2.bias"}
     with pytest.raises(UserError, match=r"1 missing, such as model\.diffusion_model\.out\.2\.bias"):
         convert_reference(lacking, spec)
