@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from fvgen.types import Cameras, ImageSet, RenderClip, Scene, VideoClip
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Progress, Stopwatch
+from fvgen.workers import Workers
 
 Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
 BUNDLED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 SAMPLERS = ("few_step", "teacher")
 MAX_FRAMES = 64  # generated together
+BATCH_PIXELS = 4 * 16 * 320 * 512  # of all clips generated together: more at once is hardly faster and takes more memory
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,8 @@ class FVGenPipeline:
         sampler: str = "few_step",
         seed: int = 0,
         callback: Progress | None = None,
+        clips_at_once: int | None = None,
+        workers: Workers | None = None,
     ) -> Result:
         """Generates the video. The same inputs and seed give the same video.
 
@@ -222,6 +226,9 @@ class FVGenPipeline:
             sampler: "few_step" or "teacher".
             seed: of the sampling noise.
             callback: called with (stage, fraction in [0, 1]).
+            clips_at_once: segments of one length that are generated together; None = as many as make ``BATCH_PIXELS``.
+            workers: processes that share the segments, see :mod:`fvgen.workers`; all of them make this call and get the result.
+                It has the same bytes as that of one process. The first does everything up to the renders.
 
         Raises:
             UserError: bad input; the message says what to do.
@@ -229,12 +236,24 @@ class FVGenPipeline:
         check_sampling(sampler, steps)
         index = self.bundle.index
         how: dict[str, Any] = {"compositor": index.compositor, "estimator": self.estimator}
-        prepared = prepare(images, cameras, trajectory, num_frames, index.sizes(), self.device, callback, **how)
-        return self.generate(prepared, steps, sampler, seed, callback)
+        among = workers or Workers()
+        prepared = among.share(
+            lambda: _portable(
+                prepare(images, cameras, trajectory, num_frames, index.sizes(), self.device, callback, **how), among.world > 1
+            )
+        )
+        return self.generate(prepared, steps, sampler, seed, callback, clips_at_once, workers)
 
     @torch.inference_mode()
     def generate(
-        self, prepared: Prepared, steps: int = 4, sampler: str = "few_step", seed: int = 0, callback: Progress | None = None
+        self,
+        prepared: Prepared,
+        steps: int = 4,
+        sampler: str = "few_step",
+        seed: int = 0,
+        callback: Progress | None = None,
+        clips_at_once: int | None = None,
+        workers: Workers | None = None,
     ) -> Result:
         """Cleans and completes the renders; arguments as in :meth:`__call__`."""
         check_sampling(sampler, steps)
@@ -242,27 +261,34 @@ class FVGenPipeline:
         watch = Stopwatch(self.device, callback)
         if self._sampler is None:
             self._sampler = ModelSampler(self.bundle, fast=self._fast, offload=self.device if self._offload else None)
-        model, noise = self._sampler, self._sampler.noise(seed)
-        alike = len({len(s) for s in prepared.segments}) == 1  # clips of one length are generated together
-        batches = [prepared.segments] if alike else [(s,) for s in prepared.segments]
-        clips = [torch.stack([prepared.renders.rgb[list(s)] for s in batch]) for batch in batches]
-        graphs = [graph for clip in clips if sampler == "few_step" and (graph := model.graph(clip.shape, steps))]
-        frames: list[Tensor] = []
-        if len(graphs) == len(clips):
+        model, among = self._sampler, workers or Workers()
+        parts = batches(prepared.segments, prepared.renders.cameras.image_size, clips_at_once)
+        mine = range(len(parts))[among.rank :: among.world]
+        clips = [torch.stack([prepared.renders.rgb[list(s)] for s in parts[i]]) for i in mine]
+        noises = [model.noise(batch_seed(seed, i)) for i in mine]
+        graphs = {clip.shape: sampler == "few_step" and model.graph(clip.shape, steps) for clip in clips}
+        made: list[Tensor] = []
+        if clips and all(graphs.values()):
             with watch.stage("generate"):
-                for clip, graph in zip(clips, graphs, strict=True):
-                    frames += graph(clip, model.clip_noise(clip.shape, steps, noise)).clone().unbind(0)
-        else:
-            frames = self._by_stages(model, clips, sampler, steps, noise, watch)
+                for clip, noise in zip(clips, noises, strict=True):
+                    graph = graphs[clip.shape]
+                    assert graph
+                    made.append(graph(clip, model.clip_noise(clip.shape, steps, noise)).clone())
+        elif clips:
+            made = self._by_stages(model, clips, sampler, steps, noises, watch)
+        if among.world > 1:
+            made = [clip.cpu() for clip in made]
+        found = among.gather(dict(zip(mine, made, strict=True)))
+        frames = [clip for i in range(len(parts)) for clip in found[i].unbind(0)]
         video = torch.cat([frames[0], *(f[1:] for f in frames[1:])])  # neighbours share a frame
         timings = {**prepared.timings, **watch.timings}
         return Result(VideoClip(video), prepared.renders, prepared.renders.cameras, prepared, timings)
 
     @staticmethod
     def _by_stages(
-        model: ModelSampler, clips: list[Tensor], sampler: str, steps: int, noise: NoiseSource, watch: Stopwatch
+        model: ModelSampler, clips: list[Tensor], sampler: str, steps: int, noises: list[NoiseSource], watch: Stopwatch
     ) -> list[Tensor]:
-        """Frames ``[T, 3, H, W]`` of every clip of the batches ``[B, T, 3, H, W]``, with the progress of each step."""
+        """Frames of every batch ``[B, T, 3, H, W]``, with the progress of each step."""
         if model.device.type == "cuda":
             with watch.stage("compile"):
                 for clip in clips:
@@ -273,7 +299,7 @@ class FVGenPipeline:
         sample = model.few_step if sampler == "few_step" else model.ddim
         latents: list[Tensor] = []
         with watch.stage("sample") as report:
-            for done, condition in enumerate(conditions):
+            for done, (condition, noise) in enumerate(zip(conditions, noises, strict=True)):
 
                 def tick(step: int, total: int, _x0: Tensor, done: int = done) -> None:
                     report("sample", (done + step / total) / len(conditions))
@@ -281,11 +307,40 @@ class FVGenPipeline:
                 latents.append(sample(condition, steps, noise=noise, callback=tick))
         frames: list[Tensor] = []
         with watch.stage("decode") as report:
-            each = 1 if model.device.type == "cpu" else len(latents[0])  # slow enough there to show progress
+            each = 1 if model.device.type == "cpu" else max(map(len, latents))  # slow enough there to show progress
             for part in (part for batch in latents for part in batch.split(each)):
                 report("decode", len(frames) / sum(len(clip) for clip in clips))
                 frames += model.decode(part).unbind(0)
-        return frames
+        taken = iter(frames)
+        return [torch.stack(list(islice(taken, len(batch)))) for batch in latents]
+
+
+def batches(segments: Sequence[range], size: tuple[int, int], clips_at_once: int | None = None) -> list[tuple[range, ...]]:
+    """Segments that are generated together, in their order: some at a time where all have one length, else each alone.
+
+    Args:
+        segments: frame ranges.
+        size: (H, W) of the frames.
+        clips_at_once: None = as many as make ``BATCH_PIXELS``, one at least.
+    """
+    if len({len(s) for s in segments}) > 1:
+        return [(s,) for s in segments]
+    each = clips_at_once or max(1, BATCH_PIXELS // (len(segments[0]) * size[0] * size[1]))
+    return [tuple(segments[i : i + each]) for i in range(0, len(segments), each)]
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a batch's noise: the first has that of the video."""
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
+
+
+def _portable(prepared: Prepared, needed: bool) -> Prepared:
+    """On the CPU, where that is needed, so that it can be sent to other processes."""
+    if not needed:
+        return prepared
+    renders = prepared.renders
+    parts = {name: getattr(renders, name).cpu() for name in ("rgb", "depth", "coverage")}
+    return replace(prepared, renders=RenderClip(**parts, cameras=renders.cameras.to("cpu")))
 
 
 def find_model(name_or_dir: str | os.PathLike[str]) -> Path:

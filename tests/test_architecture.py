@@ -26,6 +26,7 @@ RANKS = {
     "fvgen.models": 3,
     "fvgen.recipes": 4,
     "fvgen.estimators": 4,
+    "fvgen.workers": 4,
     "fvgen.codec": 4,
     "fvgen.diffusion": 4,
     "fvgen.data": 5,

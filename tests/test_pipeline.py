@@ -7,7 +7,7 @@ import torch
 
 from fvgen.geometry.coincide import coincident_photos
 from fvgen.models.bundle import ModelBundle
-from fvgen.pipeline import FVGenPipeline, check_segments, find_model, nearest_aspect, prepare
+from fvgen.pipeline import FVGenPipeline, batch_seed, batches, check_segments, find_model, nearest_aspect, prepare
 from fvgen.recipes.presets import get_preset
 from fvgen.types import Cameras, ImageSet
 from fvgen.utils.device import choose_device
@@ -53,6 +53,30 @@ def test_segments_of_unequal_length(pipeline: FVGenPipeline, photos: tuple[Image
     prepared = prepare(*photos, num_frames=3, size=(40, 64))
     uneven = replace(prepared, segments=(range(0, 2), range(1, 5)))
     assert pipeline.generate(uneven, steps=1).video.rgb.shape[0] == 5
+
+
+def test_a_long_path_in_batches(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]) -> None:
+    """Batches have noise of their own, so that one does not depend on how many come before it."""
+    prepared = prepare(*photos, num_frames=3, size=(40, 64))
+    together, apart = (pipeline.generate(prepared, seed=3, clips_at_once=n).video.rgb for n in (2, 1))
+    alone = [replace(prepared, segments=(segment,)) for segment in prepared.segments]
+    first, second = (pipeline.generate(p, seed=batch_seed(3, n)).video.rgb for n, p in enumerate(alone))
+    assert torch.equal(apart, torch.cat([first, second[1:]]))
+    assert together.shape == apart.shape
+    assert torch.equal(together, pipeline.generate(prepared, seed=3).video.rgb)
+
+
+def test_batches() -> None:
+    segments = tuple(range(15 * i, 15 * i + 16) for i in range(9))
+    assert [len(b) for b in batches(segments, (320, 512))] == [4, 4, 1]
+    assert [len(b) for b in batches(segments, (576, 1024))] == [1] * 9
+    assert [len(b) for b in batches(segments, (320, 512), 2)] == [2, 2, 2, 2, 1]
+    assert [s for b in batches(segments, (320, 512)) for s in b] == list(segments)
+    assert batches((range(3), range(2, 4)), (8, 8), 2) == [(range(3),), (range(2, 4),)]
+    assert batch_seed(5, 0) == 5
+    seeds = {batch_seed(2**63 - 1, n) for n in range(100)}
+    assert len(seeds) == 100
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_portrait(pipeline: FVGenPipeline) -> None:

@@ -27,4 +27,6 @@ def run(arguments: argparse.Namespace) -> None:
     command += ["--device", arguments.device, "--seed", str(arguments.seed), "--output", str(arguments.output)]
     command += ["--overwrite"] if arguments.overwrite else []
     full = build_parser().parse_args(command)
-    tell(full, generate(full))
+    report = generate(full)
+    assert report is not None  # one process
+    tell(full, report)

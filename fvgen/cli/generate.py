@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, true_frames
@@ -15,44 +17,38 @@ from fvgen.models.bundle import read_index
 from fvgen.pipeline import FVGenPipeline, Prepared, check_sampling, find_model, nearest_aspect
 from fvgen.utils.device import choose_device
 from fvgen.utils.stopwatch import Stopwatch
+from fvgen.workers import Workers, workers
 
 LITTLE = 0.25  # share of covered pixels below which most of a frame is invented
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generates, writes and says where things are."""
-    tell(arguments, generate(arguments))
+    """Generates, writes and says where things are; of several processes the first does so."""
+    with workers(choose_device(arguments.device)) as among:
+        report = generate(arguments, among)
+    if report is not None:
+        tell(arguments, report)
 
 
-def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Generates and writes; returns the report."""
-    photo_sizes = check_photos(arguments)
-    frames = count_frames(arguments)
-    device = choose_device(arguments.device)
-    check_sampling(arguments.sampler, arguments.steps)
-    model = find_model(arguments.model)
+def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dict[str, Any] | None:
+    """Generates and writes; returns the report, in the first of the processes ``among`` which it works."""
+    among = among or Workers(device=choose_device(arguments.device))
+    photo_sizes, model, truth = among.share(lambda: _check(arguments))
     index = read_index(model)
-    truth = true_frames(arguments, frames)
-    check_resources(arguments, photo_sizes, frames, nearest_aspect(index.sizes(), photo_sizes[0]))
-    with Stages() as stages:
+    with Stages() if among.main else nullcontext() as stages:
         import torch
 
-        watch = Stopwatch(torch.device(device), stages)
+        watch = Stopwatch(torch.device(among.device), stages)
         with watch.stage("load"):
             pipeline = FVGenPipeline.from_pretrained(
                 arguments.model,
-                device,
+                among.device,
                 arguments.fast,
-                arguments.geometry,
-                arguments.dust3r_weights,
+                arguments.geometry if among.main else "auto",
+                arguments.dust3r_weights if among.main else None,
                 arguments.cpu_offload,
             )
-            photos = read_images(arguments.photos)
-            facts: dict[str, Any] = {
-                "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)},
-                "fast": arguments.fast,
-                **geometry_facts(arguments),
-            }
+            photos = read_images(arguments.photos) if among.main else []
         result = pipeline(
             photos,
             arguments.cameras,
@@ -62,13 +58,33 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.sampler,
             arguments.seed,
             stages,
+            arguments.clips_at_once,
+            among,
         )
+        if not among.main:
+            return None
         watch.timings.update(result.timings)
         prepared = result.prepared
-        facts["sizes"] = sizes(photo_sizes, prepared)
+        facts: dict[str, Any] = {
+            "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)},
+            "fast": arguments.fast,
+            **geometry_facts(arguments),
+            "sizes": sizes(photo_sizes, prepared),
+        }
         report = write_outputs(arguments, prepared, result.video.rgb, truth, facts, watch)
     warn(report)
     return report
+
+
+def _check(arguments: argparse.Namespace) -> tuple[list[tuple[int, int]], Path, list[Path] | None]:
+    """Sizes of the photos, the model's directory, the true frames."""
+    photo_sizes = check_photos(arguments)
+    frames = count_frames(arguments)
+    check_sampling(arguments.sampler, arguments.steps)
+    model = find_model(arguments.model)
+    truth = true_frames(arguments, frames)
+    check_resources(arguments, photo_sizes, frames, nearest_aspect(read_index(model).sizes(), photo_sizes[0]))
+    return photo_sizes, model, truth
 
 
 def sizes(photos: list[tuple[int, int]], prepared: Prepared) -> dict[str, list[int]]:

@@ -53,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--fast", action="store_true", help="few_step: approximate every second step, quicker and a little less exact"
     )
     generate.add_argument(
+        "--clips-at-once",
+        type=whole(1, 256),
+        metavar="N",
+        help="clips between photos that are generated together (default: by their size, four of 16 frames of 320 x 512)",
+    )
+    generate.add_argument(
         "--cpu-offload",
         action="store_true",
         help="for GPUs with little memory: keep on the CPU what a stage does not need; slower",

@@ -25,6 +25,7 @@ examples:
   fvgen generate a.jpg b.jpg --trajectory orbit:deg=15 --output orbit
   fvgen generate a.jpg b.jpg --dust3r-weights dust3r --output learned     geometry by DUSt3R instead of features and stereo
   fvgen generate a.jpg --dust3r-weights dust3r --trajectory orbit:deg=15 --output one
+  torchrun --nproc-per-node 4 -m fvgen.cli generate *.jpg --clips-at-once 1 --output long     clips spread over four GPUs
 
 {TRAJECTORIES}
 written to --output:

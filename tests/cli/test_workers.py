@@ -1,0 +1,78 @@
+"""A path in pieces on two processes under torchrun: the bytes of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fvgen.workers import Workers
+from tests.cli.conftest import Photos, Run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    every = [*command, "-m", "fvgen.cli", *map(str, arguments)]
+    return subprocess.run(every, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def _contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and p.suffix != ".json"}
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(scene: Photos, model: str, tmp_path: Path) -> None:
+    """Four segments, three on one process and with one of the second process's in between; the order of frames is that of one."""
+    command = [
+        "generate",
+        *scene.all,
+        "--cameras",
+        scene.cameras,
+        "--frames",
+        3,
+        "--model",
+        model,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    alone = [sys.executable, "-m", "fvgen.cli", *map(str, command), "--clips-at-once", "1", "--output", str(tmp_path / "one")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(alone, env=environment, capture_output=True, timeout=300).returncode == 0
+    done = _launch(*command, "--clips-at-once", 1, "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = _contents(tmp_path / "one"), _contents(tmp_path / "two")
+    assert len([name for name in one if name.startswith("frames")]) == 9
+    assert one == two
+    assert done.stdout.count(str(tmp_path / "two" / "video.mp4")) == 1
+
+
+@pytest.mark.slow
+def test_bad_input_ends_all_processes(scene: Photos, model: str, tmp_path: Path) -> None:
+    done = _launch(
+        "generate", *scene.photos[:2], "--model", model, "--truth", "none", "--device", "cpu", "--output", tmp_path / "o"
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("fvgen: error: ") == 1
+    assert "the folder of true frames none does not exist" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_alone() -> None:
+    assert Workers().share(lambda: 3) == 3
+    assert Workers().gather({0: "a"}) == {0: "a"}
+
+
+def test_a_broken_launcher(fvgen: Run, scene: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = fvgen("generate", *scene.photos[:2], "--output", tmp_path / "out")
+    assert status == 2
+    assert "do not fit" in err
