@@ -14,7 +14,7 @@ from fvgen.cli.progress import Stages
 from fvgen.cli.report import directory_sha256
 from fvgen.io import read_images
 from fvgen.models.bundle import read_index
-from fvgen.pipeline import FVGenPipeline, Prepared, check_sampling, find_model, nearest_aspect
+from fvgen.pipeline import FVGenPipeline, Photos, Prepared, check_sampling, find_model, nearest_aspect
 from fvgen.utils.device import choose_device
 from fvgen.utils.stopwatch import Stopwatch
 from fvgen.workers import Workers, workers
@@ -48,7 +48,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.dust3r_weights if among.main else None,
                 arguments.cpu_offload,
             )
-            photos = read_images(arguments.photos) if among.main else []
+            photos: Photos = read_images(arguments.photos) if among.main else []
         result = pipeline(
             photos,
             arguments.cameras,
