@@ -17,7 +17,7 @@ from fvgen.diffusion.noise import NoiseSource
 from fvgen.estimators import ClassicalEstimator, Estimator, make_estimator
 from fvgen.geometry.coincide import coincident_photos
 from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
-from fvgen.geometry.trajectory import parse_trajectory, target_cameras
+from fvgen.geometry.trajectory import Trajectory, next_view_targets, parse_trajectory, target_cameras
 from fvgen.io import read_cameras, read_images
 from fvgen.render import put_photos, render_scene
 from fvgen.sampling import ModelSampler
@@ -46,6 +46,7 @@ class Prepared:
         photo_indices: which photo each of them shows.
         segments: frame ranges that are generated together; neighbours share one frame.
         timings: seconds per stage.
+        trajectory: the path that was followed; a next best view shows as the target that was chosen.
     """
 
     scene: Scene
@@ -55,6 +56,7 @@ class Prepared:
     photo_indices: tuple[int, ...]
     segments: tuple[range, ...]
     timings: dict[str, float]
+    trajectory: Trajectory | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Result:
 def prepare(
     images: Photos,
     cameras: Cameras | str | os.PathLike[str] | None = None,
-    trajectory: str = "smooth",
+    trajectory: str | Trajectory = "smooth",
     num_frames: int = 16,
     size: tuple[int, int] | list[tuple[int, int]] | None = None,
     device: str | torch.device = "cpu",
@@ -111,7 +113,8 @@ def prepare(
     """
     if not 2 <= num_frames <= MAX_FRAMES:
         raise UserError(f"a clip has 2 to {MAX_FRAMES} frames between two photos, not {num_frames}; change --frames")
-    parsed = parse_trajectory(trajectory)
+    parsed = parse_trajectory(trajectory) if isinstance(trajectory, str) else trajectory
+    options: dict[str, Any] = {"compositor": compositor, "radius": radius, "points_per_pixel": points_per_pixel}
     watch = Stopwatch(torch.device(device), progress)
     with watch.stage("read"):
         photos = _photos(images)
@@ -121,17 +124,30 @@ def prepare(
     with watch.stage("path"):
         clip_size = nearest_aspect(size, photos.size) if isinstance(size, list) else size or scene.images.size
         full_size = replace(scene, cameras=scale_cameras(scene.cameras, photos.size))
+        if parsed.name == "nbv":
+            parsed = _next_view(full_size, parsed, clip_size, torch.device(device), options)
         path = target_cameras(full_size, parsed, num_frames)
         shown = coincident_photos(path, full_size.cameras)
         path, (fitted, _) = fit_cameras(path, clip_size), fit(photos, None, clip_size)
     with watch.stage("render") as report:
-        options: dict[str, Any] = {"compositor": compositor, "radius": radius, "points_per_pixel": points_per_pixel}
         renders = _render(scene, path, torch.device(device), options, report)
         if shown:
             renders = put_photos(renders, fitted.rgb[list(shown.values())], list(shown))
     cuts = sorted({0, *shown, len(path) - 1})
     segments = tuple(range(a, b + 1) for a, b in pairwise(cuts))
-    return Prepared(scene, fitted.rgb, renders, tuple(shown), tuple(shown.values()), segments, watch.timings)
+    return Prepared(scene, fitted.rgb, renders, tuple(shown), tuple(shown.values()), segments, watch.timings, parsed)
+
+
+def _next_view(
+    scene: Scene, path: Trajectory, size: tuple[int, int], device: torch.device, options: dict[str, Any]
+) -> Trajectory:
+    """The target whose view the points cover least; the first of equals."""
+    targets = next_view_targets(path)
+    ends = [target_cameras(scene, target, 2) for target in targets]
+    poses = torch.cat([end.world_from_cam[-1:] for end in ends])
+    views = fit_cameras(replace(ends[0], K=ends[0].K[-1:].expand(len(ends), -1, -1), world_from_cam=poses), size)
+    covered = _render(scene, views, device, options, lambda _stage, _fraction: None).coverage.float().mean((1, 2))
+    return targets[int(covered.argmin())]
 
 
 def _render(scene: Scene, path: Cameras, device: torch.device, options: dict[str, Any], report: Progress) -> RenderClip:
@@ -209,7 +225,7 @@ class FVGenPipeline:
         self,
         images: Photos,
         cameras: Cameras | str | os.PathLike[str] | None = None,
-        trajectory: str = "smooth",
+        trajectory: str | Trajectory = "smooth",
         num_frames: int = 16,
         steps: int = 4,
         sampler: str = "few_step",

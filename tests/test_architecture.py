@@ -37,6 +37,7 @@ RANKS = {
     "fvgen.distill": 8,
     "fvgen.pipeline": 9,
     "fvgen.bench": 10,
+    "fvgen.explore": 10,
     "fvgen.cli": 11,
 }
 HEAVY = ("torch", "diffusers", "cv2", "pycolmap", "scipy", "av", "triton", "accelerate", "torchvision")

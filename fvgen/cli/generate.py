@@ -12,10 +12,13 @@ from fvgen.cli.inputs import check_photos, check_resources, count_frames, geomet
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
 from fvgen.cli.report import directory_sha256
+from fvgen.explore import explore, joined
+from fvgen.geometry.trajectory import parse_trajectory
 from fvgen.io import read_images
 from fvgen.models.bundle import read_index
 from fvgen.pipeline import FVGenPipeline, Photos, Prepared, check_sampling, find_model, nearest_aspect
 from fvgen.utils.device import choose_device
+from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Stopwatch
 from fvgen.workers import Workers, workers
 
@@ -33,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dict[str, Any] | None:
     """Generates and writes; returns the report, in the first of the processes ``among`` which it works."""
     among = among or Workers(device=choose_device(arguments.device))
-    photo_sizes, model, truth = among.share(lambda: _check(arguments))
+    photo_sizes, model, truth = among.share(lambda: _check(arguments, among.world))
     index = read_index(model)
     with Stages() if among.main else nullcontext() as stages:
         import torch
@@ -49,18 +52,14 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.cpu_offload,
             )
             photos: Photos = read_images(arguments.photos) if among.main else []
-        result = pipeline(
-            photos,
-            arguments.cameras,
-            arguments.trajectory,
-            arguments.frames,
-            arguments.steps,
-            arguments.sampler,
-            arguments.seed,
-            stages,
-            arguments.clips_at_once,
-            among,
-        )
+        how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}
+        if arguments.then:
+            paths = [arguments.trajectory, *arguments.then]
+            clips = explore(pipeline, photos, paths, arguments.then_from, arguments.frames, **how)
+            result = joined(clips, arguments.then_from)
+        else:
+            place = (photos, arguments.cameras, arguments.trajectory, arguments.frames)
+            result = pipeline(*place, **how, clips_at_once=arguments.clips_at_once, workers=among)
         if not among.main:
             return None
         watch.timings.update(result.timings)
@@ -76,15 +75,27 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
     return report
 
 
-def _check(arguments: argparse.Namespace) -> tuple[list[tuple[int, int]], Path, list[Path] | None]:
+def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, int]], Path, list[Path] | None]:
     """Sizes of the photos, the model's directory, the true frames."""
     photo_sizes = check_photos(arguments)
     frames = count_frames(arguments)
+    if arguments.then:
+        _check_then(arguments, world)
     check_sampling(arguments.sampler, arguments.steps)
     model = find_model(arguments.model)
     truth = true_frames(arguments, frames)
     check_resources(arguments, photo_sizes, frames, nearest_aspect(read_index(model).sizes(), photo_sizes[0]))
     return photo_sizes, model, truth
+
+
+def _check_then(arguments: argparse.Namespace, world: int) -> None:
+    """Raises UserError where --then has no sense."""
+    if len(arguments.photos) > 1 or arguments.cameras or arguments.truth:
+        raise UserError("--then goes on from one photo without --cameras and --truth; leave the others out")
+    if world > 1:
+        raise UserError("with --then each clip waits for the one before; start one process")
+    for spec in arguments.then:
+        parse_trajectory(spec)
 
 
 def sizes(photos: list[tuple[int, int]], prepared: Prepared) -> dict[str, list[int]]:

@@ -37,7 +37,7 @@ def count_frames(arguments: argparse.Namespace) -> int:
         return len(path_names(trajectory))
     if trajectory.name in ("smooth", "interp"):
         return int((len(arguments.photos) - 1) * (arguments.frames - 1) + 1)
-    return int(arguments.frames)
+    return int(arguments.frames) * (1 + len(getattr(arguments, "then", None) or ()))
 
 
 def true_frames(arguments: argparse.Namespace, frames: int) -> list[Path] | None:

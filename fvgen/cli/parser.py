@@ -53,6 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--fast", action="store_true", help="few_step: approximate every second step, quicker and a little less exact"
     )
     generate.add_argument(
+        "--then",
+        nargs="+",
+        metavar="SPEC",
+        help="with one photo: more camera paths, a clip each; frames of the clips before become photos for the geometry",
+    )
+    generate.add_argument(
+        "--then-from",
+        choices=("latest", "photo"),
+        default="latest",
+        help="where they start: at the end of the clip before, or at the photo (default: latest)",
+    )
+    generate.add_argument(
         "--clips-at-once",
         type=whole(1, 256),
         metavar="N",

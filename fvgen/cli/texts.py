@@ -11,10 +11,12 @@ camera paths (--trajectory):
   dolly:forward=0.2          along the viewing axis, in fractions of the median depth
   target:phi=10,theta=5,r=0.1,x=0,y=0
                              ViewCrafter's relative target: degrees, fraction of the centre depth, pixels
+  nbv:phi=20,theta=10        to the side, to one of up to three targets: the one that the points cover least (next best view)
   txt:FILE                   ViewCrafter's text file with a line each of phi, theta and r values
   cameras:FILE               the cameras of a transforms.json or COLMAP model, in the world of --cameras
   cameras:FILE:FIRST-LAST    only these of them, counted from 0, both included
-orbit, spiral, dolly and target take photo=N, the photo to start from, counted from 0.
+orbit, spiral, dolly, target and nbv take photo=N, the photo to start from, counted from 0; target and nbv elevation=5, the angle
+between the photo's view and the plane of their turns, degrees.
 """
 
 GENERATE = f"""\
@@ -25,6 +27,7 @@ examples:
   fvgen generate a.jpg b.jpg --trajectory orbit:deg=15 --output orbit
   fvgen generate a.jpg b.jpg --dust3r-weights dust3r --output learned     geometry by DUSt3R instead of features and stereo
   fvgen generate a.jpg --dust3r-weights dust3r --trajectory orbit:deg=15 --output one
+  fvgen generate a.jpg --dust3r-weights dust3r --trajectory nbv:phi=20 --then nbv:phi=20 nbv:phi=20 --output further
   torchrun --nproc-per-node 4 -m fvgen.cli generate *.jpg --clips-at-once 1 --output long     clips spread over four GPUs
 
 {TRAJECTORIES}

@@ -22,10 +22,18 @@ NUMBERS: dict[str, dict[str, float]] = {
     "orbit": {"deg": 20.0, "photo": 0},
     "spiral": {"deg": 8.0, "turns": 1.0, "photo": 0},
     "dolly": {"forward": 0.2, "photo": 0},
-    "target": {"phi": 0.0, "theta": 0.0, "r": 0.0, "x": 0.0, "y": 0.0, "photo": 0},
+    "target": {"phi": 0.0, "theta": 0.0, "r": 0.0, "x": 0.0, "y": 0.0, "photo": 0, "elevation": vc.ELEVATION_DEG},
+    "nbv": {"phi": 20.0, "theta": 10.0, "r": 0.0, "candidates": 3, "photo": 0, "elevation": vc.ELEVATION_DEG},
 }
 FILES = ("txt", "cameras")
-NEEDS_MOTION = {"orbit": ("deg",), "spiral": ("deg", "turns"), "dolly": ("forward",), "target": ("phi", "theta", "r", "x", "y")}
+ELEVATED = ("target", "nbv")  # turn about axes that are tilted against the photo by their elevation
+NEEDS_MOTION = {
+    "orbit": ("deg",),
+    "spiral": ("deg", "turns"),
+    "dolly": ("forward",),
+    "target": ("phi", "theta", "r", "x", "y"),
+    "nbv": ("phi",),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ def parse_trajectory(spec: str) -> Trajectory:
     - ``spiral:deg=8,turns=1``: a loop of that half angle, looking at the centre, starting and ending at the photo.
     - ``dolly:forward=0.2``: along the viewing axis, in fractions of the median depth.
     - ``target:phi=,theta=,r=,x=,y=``: ViewCrafter's relative target; degrees, fraction of the centre depth, pixels.
+    - ``nbv:phi=20,theta=10``: to the target, of up to three that differ in theta, from which the points cover least.
     - ``txt:FILE``: ViewCrafter's text file of phi, theta and r lists. ``cameras:FILE``: transforms.json or COLMAP model;
       ``cameras:FILE:FIRST-LAST`` takes only those of its cameras, counted from 0, both included.
 
@@ -75,8 +84,11 @@ def parse_trajectory(spec: str) -> Trajectory:
         moving = [numbers[key] for key in NEEDS_MOTION[name]]
         if not any(moving) or (name == "spiral" and not all(moving)):
             raise UserError(f"the path {name} does not move; give {' or '.join(NEEDS_MOTION[name])} a value other than 0")
-    if "photo" in numbers and numbers["photo"] != int(numbers["photo"]):
-        raise UserError(f"photo of the path {name} must be a whole number")
+    for key in ("photo", "candidates"):
+        if key in numbers and numbers[key] != int(numbers[key]):
+            raise UserError(f"{key} of the path {name} must be a whole number")
+    if "candidates" in numbers and not 2 <= numbers["candidates"] <= 3:
+        raise UserError("the path nbv chooses among 2 or 3 candidates")
     return Trajectory(name, numbers)
 
 
@@ -95,6 +107,8 @@ def target_cameras(scene: Scene, trajectory: Trajectory | str = "smooth", frames
     if frames < 2:
         raise UserError(f"a camera path needs at least 2 frames, not {frames}")
     cameras, name, numbers = scene.cameras, trajectory.name, trajectory.numbers
+    if name == "nbv":
+        raise ValueError("choose one of next_view_targets first")
     if name == "cameras":
         return _from_file(trajectory, cameras.image_size)
     if name in ("smooth", "interp"):
@@ -112,6 +126,13 @@ def target_cameras(scene: Scene, trajectory: Trajectory | str = "smooth", frames
         poses = _around(name, numbers, anchor, median_depth(scene, index), t)
     poses = poses.to(cameras.world_from_cam.dtype)
     return Cameras(cameras.K[index].expand(frames, 3, 3).clone(), poses, cameras.image_size)
+
+
+def next_view_targets(trajectory: Trajectory) -> list[Trajectory]:
+    """The targets among which the path ``nbv`` chooses: straight to the side, below or above, and half as far the other way."""
+    numbers = dict(trajectory.numbers)
+    count, theta = int(numbers.pop("candidates")), numbers["theta"]
+    return [Trajectory("target", {**numbers, "theta": each, "x": 0.0, "y": 0.0}) for each in (0.0, -theta, theta / 2)[:count]]
 
 
 def _finite(text: str, what: str) -> float:
@@ -184,7 +205,8 @@ def _around(name: str, numbers: dict[str, float], anchor: Tensor, depth: float, 
 
 def _viewcrafter(trajectory: Trajectory, anchor: Tensor, depth: float, focal: float, frames: int) -> Tensor:
     """ViewCrafter's paths live in a frame at the centre depth of the anchor photo."""
-    in_object, _ = vc.in_object_frame(anchor[None], anchor.new_zeros(1, 3), 0, depth)
+    elevation = trajectory.numbers.get("elevation", vc.ELEVATION_DEG)
+    in_object, _ = vc.in_object_frame(anchor[None], anchor.new_zeros(1, 3), 0, depth, elevation)
     world_from_object = anchor @ torch.linalg.inv(in_object[0])
     if trajectory.name == "txt":
         assert trajectory.file is not None

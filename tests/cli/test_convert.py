@@ -141,6 +141,25 @@ def test_from_checkpoint_to_video(
     assert told["frames"] == 2 * max(1, count - 1) + 1
 
 
+def test_clip_after_clip(
+    fvgen: Run, scene: Photos, model: str, converted: Path, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fvgen.geometry.dust3r.spanning_tree.optimise", lambda start, *_a, **_k: (start, []))
+    command = ["generate", scene.photos[0], "--dust3r-weights", converted, "--trajectory", "orbit:deg=4", "--frames", 8]
+    command += ["--model", model, "--steps", 1]
+    status, _, err = fvgen(*command, "--then", "nbv:phi=5", "dolly:forward=0.1", "--output", tmp_path / "out")
+    assert status == 0, err
+    told = report(tmp_path / "out")
+    assert told["frames"] == len(list((tmp_path / "out" / "frames").iterdir())) == 22
+    assert told["segments"] == [[0, 7], [7, 14], [14, 21]]
+    assert len(told["geometry"]["coverage"]) == 5
+    status, _, err = fvgen(*command, "--then", "loop", "--output", tmp_path / "bad")
+    assert (status, "unknown camera path" in err) == (2, True)
+    status, _, err = fvgen(*command, "--then", "orbit", "--cameras", scene.cameras, "--output", tmp_path / "bad")
+    assert (status, "without --cameras" in err) == (2, True)
+    assert not (tmp_path / "bad").exists()
+
+
 def test_render_with_dust3r(fvgen: Run, scene: Photos, checkpoint: Path, report: Report, tmp_path: Path) -> None:
     command = ["render", scene.photos[0], "--trajectory", "orbit:deg=4", "--frames", 3, "--dust3r-weights", checkpoint]
     status, _, err = fvgen(*command, "--output", tmp_path / "out")

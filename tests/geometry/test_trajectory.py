@@ -114,7 +114,7 @@ def test_depth_at_a_hole_falls_back_to_the_median() -> None:
 @pytest.mark.parametrize(
     ("spec", "word"),
     [
-        ("wobble", "known paths: smooth, interp, orbit, spiral, dolly, target, txt, cameras"),
+        ("wobble", "known paths: smooth, interp, orbit, spiral, dolly, target, nbv, txt, cameras"),
         ("", "known paths"),
         ("orbit:angle=3", "its parameters: deg, photo"),
         ("smooth:deg=3", "its parameters: none"),
@@ -122,6 +122,9 @@ def test_depth_at_a_hole_falls_back_to_the_median() -> None:
         ("dolly:forward=0", "does not move"),
         ("spiral:turns=0", "does not move"),
         ("target", "does not move"),
+        ("nbv:phi=0", "does not move"),
+        ("nbv:candidates=4", "2 or 3 candidates"),
+        ("nbv:candidates=2.5", "must be a whole number"),
         ("orbit:deg=nan", "finite"),
         ("orbit:deg=inf", "finite"),
         ("orbit:deg=much", "must be a number"),
