@@ -86,7 +86,8 @@ FORWARD = OpSpec(
             "geglu.triton",
             "geglu_kernel",
             {**dict.fromkeys(("x_ptr", "out_ptr"), kind), **_SIZES},
-            {"EXACT": kind == "*fp32", "ALONG": True, "ONCE": False, "BLOCK_M": 8, "BLOCK_C": 256},
+            {"EXACT": kind == "*fp32", "ALONG": True, "ONCE": False, **_TILE},
+            warps=2,
         )
         for kind in ("*bf16", "*fp32")
     ),

@@ -269,7 +269,7 @@ BACKWARD = OpSpec(
             _kernel_backward(
                 "sums_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} partial_ptr {_SIZES} programs",
-                {**_TILE, **form, "EMB_SUMS": True, "SILU": True, "UNROLL": 4},
+                {**_TILE, **form, "EMB_SUMS": True, "SILU": True, "UNROLL": 2},
             )
             for form in _FORMS_BACKWARD
         ),
@@ -287,7 +287,6 @@ BACKWARD = OpSpec(
                 "gradient_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} means_ptr out_ptr {_SIZES} programs",
                 {**_TILE, **form, "SILU": True, "ROWS": 64, "BLOCK_R": 32, "ONCE": True},
-                warps=8,
             )
             for form in _FORMS_BACKWARD
         ),

@@ -34,8 +34,8 @@ class Blocks(NamedTuple):
 
 
 BLOCK_C = 64  # whole lines of the cache in half precision
-SUMS = Blocks(rows=128, tile=16, warps=4, unroll=4)  # benchmarks/tune_norms.py tries others
-GRADIENT = Blocks(rows=64, tile=32, warps=8, once=True)
+SUMS = Blocks(rows=128, tile=16, warps=4, unroll=2)  # both measured with benchmarks/tune_norms.py
+GRADIENT = Blocks(rows=64, tile=32, warps=4, once=True)
 COMBINED = 2048  # elements of the partial sums joined at a time
 
 

@@ -88,9 +88,9 @@ _TYPES = {
 }
 
 
-def _kernel(name: str, arguments: str, tile: dict[str, int]) -> TritonKernel:
+def _kernel(name: str, arguments: str, tile: dict[str, int], warps: int = 4) -> TritonKernel:
     signature = {n: _TYPES[n] for n in arguments.split()}
-    return TritonKernel("layer_norm_residual.triton", name, signature, {"HAS_RESIDUAL": True, **tile})
+    return TritonKernel("layer_norm_residual.triton", name, signature, {"HAS_RESIDUAL": True, **tile}, warps)
 
 
 _SHAPES = {
@@ -157,9 +157,10 @@ BACKWARD = OpSpec(
             _kernel(
                 "layer_norm_backward_kernel",
                 "grad_ptr grad_total_ptr total_ptr weight_ptr mean_ptr rstd_ptr out_ptr partial_ptr rows channels programs steps",
-                {"HALVES": halves, "BLOCK_R": 1024 // c, "BLOCK_C": c},
+                {"HALVES": halves, "BLOCK_R": 256 * warps // c, "BLOCK_C": c},
+                warps,
             )
-            for halves, c in ((False, 64), (True, 256), (True, 1024))  # 64, 320 and 1280 channels
+            for halves, c, warps in ((False, 64, 1), (True, 256, 1), (True, 1024, 4))  # 64, 320 and 1280 channels
         ),
         column_sums_kernel("*bf16"),
     ),

@@ -24,9 +24,10 @@ class Launch(NamedTuple):
 
 
 TILE = 4096  # elements of a forward tile of whole rows
-BACKWARD = Launch(
-    warps=4, per_multiprocessor=3
-)  # 12 warps have up to 160 registers a thread; benchmarks/tune_norms.py tries others
+# measured with benchmarks/tune_norms.py: up to 512 channels a warp holds whole rows, and programs of one warp wait for nobody
+IN_A_WARP = 512
+NARROW = Launch(warps=1, per_multiprocessor=16)
+WIDE = Launch(warps=4, per_multiprocessor=3)
 
 
 @triton.jit
@@ -160,6 +161,11 @@ def layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
     return out, total, mean, rstd
 
 
+def backward_launch(channels: int) -> Launch:
+    """By the length of a row."""
+    return NARROW if channels <= IN_A_WARP else WIDE
+
+
 def backward_tile(channels: int, warps: int) -> dict[str, int]:
     """Tiles of 8 elements a thread, two side by side where a row is longer than a warp's 256; and the warps, enough for a row."""
     block_c = triton.next_power_of_2(channels)
@@ -170,12 +176,13 @@ def backward_tile(channels: int, warps: int) -> dict[str, int]:
 
 
 def layer_norm_residual_backward(
-    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, launch: Launch = BACKWARD
+    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, launch: Launch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels = total.shape
     out = torch.empty_like(total)
     if not total.numel():
         return out, torch.zeros_like(weight), torch.zeros_like(weight)
+    launch = launch or backward_launch(channels)
     tile = backward_tile(channels, launch.warps)
     tiles = triton.cdiv(rows, tile["BLOCK_R"])
     multiprocessors = torch.cuda.get_device_properties(total.device).multi_processor_count

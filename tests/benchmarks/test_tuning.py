@@ -49,8 +49,9 @@ def test_the_fastest_comes_first(capsys):
 def test_the_search_of_the_norms():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from benchmarks.tune_norms import DEFAULT, SEARCHES
+    from fvgen.kernels.geglu.triton import FORWARD
     from fvgen.kernels.group_norm_silu.triton_backward import GRADIENT, SUMS
-    from fvgen.kernels.layer_norm_residual.triton import BACKWARD
+    from fvgen.kernels.layer_norm_residual.triton import NARROW, WIDE
 
     found = {s.spec.name: s for s in SEARCHES}
     norm = found["group_norm_silu_backward"]
@@ -62,5 +63,5 @@ def test_the_search_of_the_norms():
             assert list(norm.of(args)) == [DEFAULT]
     # the present choice is among the candidates, so that the search compares with what it says
     given = [settings for s in SEARCHES for settings in s.candidates.values()]
-    for present in ({"first": SUMS}, {"last": GRADIENT}, {"launch": BACKWARD}):
+    for present in ({"first": SUMS}, {"last": GRADIENT}, {"launch": NARROW}, {"launch": WIDE}, {"tile": FORWARD}):
         assert present in given
