@@ -127,7 +127,7 @@ def _measure(arguments: argparse.Namespace) -> list[Record]:
         if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
             raise
         step = suites == ("train",) and arguments.model
-        what = "leave out --no-checkpointing and --graphs, add --shard" if step else "give a smaller --batch or --model"
+        what = "leave out --no-checkpointing, add --no-graphs or --shard" if step else "give a smaller --batch or --model"
         raise UserError(f"memory ran out; {what}, or measure on another --device") from error
     return measured
 
@@ -195,13 +195,14 @@ def command_of(arguments: argparse.Namespace) -> str:
     processes = bench_train.processes()
     launcher = ["torchrun", "--nproc-per-node", str(processes), "-m", "fvgen.cli"] if processes > 1 else ["fvgen"]
     words = [*launcher, "bench", arguments.suite]
-    for name in ("quick", "no_compile", "first", "shard", "graphs", "not_repeatable", "no_reference"):
+    for name in ("quick", "no_compile", "first", "shard", "not_repeatable", "no_reference"):
         words += [f"--{name.replace('_', '-')}"] if getattr(arguments, name) else []
     for name in ("ops", "batch"):
         words += [f"--{name}", *map(str, getattr(arguments, name))] if getattr(arguments, name) else []
     for name in ("teacher_steps", "rounds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))] if getattr(arguments, name) else []
-    words += [] if arguments.checkpointing is None else ["--checkpointing" if arguments.checkpointing else "--no-checkpointing"]
+    for name in ("checkpointing", "graphs"):
+        words += [] if getattr(arguments, name) is None else [f"--{name}" if getattr(arguments, name) else f"--no-{name}"]
     words += ["--stage", arguments.stage] if arguments.stage else []
     words += ["--single", Path(arguments.single).name] if arguments.single else []
     words += ["--profile", Path(arguments.profile).name] if arguments.profile else []

@@ -21,6 +21,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     given = [option for option in OPTIONS if getattr(arguments, option) not in (None, False)]
     if arguments.checkpointing is False:
         given.append("no-checkpointing")
+    if arguments.graphs is False:
+        given.append("no-graphs")
     if given and not (alone and name):
         raise UserError(
             f"--{given[0].replace('_', '-')} belongs to train with --model; add --model viewcrafter_512 or leave it out"
@@ -76,7 +78,7 @@ def measure(arguments: argparse.Namespace, device: str, say: Callable[[str], Non
         rounds=arguments.rounds,
         quick=arguments.quick,
         checkpointing=arguments.checkpointing,
-        graphs=True if arguments.graphs else None,
+        graphs=False if arguments.shard else arguments.graphs,
         repeatable=not arguments.not_repeatable,
         reference=not arguments.no_reference,
         profile=bool(arguments.profile),

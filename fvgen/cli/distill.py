@@ -112,8 +112,6 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
     for option in ("checkpointing", "graphs"):
         if getattr(arguments, option) is not None:
             changes[option] = getattr(arguments, option)
-    if changes.get("checkpointing"):
-        changes.setdefault("graphs", False)
     if arguments.steps is not None:
         changes["times"] = tuple(make_timesteps(arguments.steps))
         changes["trajectory_steps"] = arguments.steps * -(-settings.trajectory_steps // arguments.steps)  # a multiple

@@ -235,7 +235,10 @@ def _distill(parser: argparse.ArgumentParser) -> None:
         help="compute activations twice to save memory (default: all but tiny)",
     )
     machine.add_argument(
-        "--graphs", action=argparse.BooleanOptionalAction, default=None, help="replay CUDA graphs (default: tiny alone)"
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="replay CUDA graphs (default: yes; with --shard they cannot be)",
     )
     machine.add_argument("--not-repeatable", action="store_true", help="allow faster algorithms whose last bits vary")
 
@@ -382,7 +385,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="compute activations twice to save memory (default: the recipe's)",
     )
-    step.add_argument("--graphs", action="store_true", help="replay CUDA graphs; of calls without a gradient when checkpointing")
+    step.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=None, help="replay CUDA graphs (default: without --shard)"
+    )
     step.add_argument("--not-repeatable", action="store_true", help="allow faster algorithms whose last bits vary")
     step.add_argument("--no-reference", action="store_true", help="leave out stage 2 in plain PyTorch")
     parser.add_argument("--output", metavar="DIR", help="report: where report.md and its pictures go (default: docs/benchmarks)")

@@ -7,8 +7,9 @@ happen between the replays.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,21 +28,65 @@ class _Recorded:
     inputs: tuple[Tensor, ...]
     output: Tensor
     forward: torch.cuda.CUDAGraph
+    pool: Pool
     output_gradient: Tensor | None = None
     backward: torch.cuda.CUDAGraph | None = None
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The output for these inputs, outside of the pool."""
+        torch._foreach_copy_(list(self.inputs), list(inputs))
+        self.forward.replay()
+        self.pool.last = self
+        return self.output.clone()
+
+
+class Pool:
+    """Memory of recorded calls. None may begin between the forward and the backward pass of another, whose activations it takes.
+
+    Attributes:
+        last: the call that was replayed last, until its backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self.last: _Recorded | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """A graph of what is called inside the block, with its intermediate results here."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads wait for RECORDING, but for NCCL's, which only looks at events
+        with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
+            yield graph
+        self._handle = graph.pool()
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The memory of all recorded calls of a trainer.
+
+    Attributes:
+        trained: calls whose gradient goes to parameters: of the student or of the fake score, never both at a time.
+        others: calls that may come between their two passes: those without a gradient, and the frozen trunk, which is
+            differentiated before anything else is called.
+    """
+
+    trained: Pool = field(default_factory=Pool)
+    others: Pool = field(default_factory=Pool)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorded: _Recorded, _anchor: Tensor, *inputs: Tensor) -> Tensor:
         ctx.recorded = recorded
-        torch._foreach_copy_(list(recorded.inputs), list(inputs))
-        recorded.forward.replay()
-        return recorded.output.detach().clone()
+        return recorded.replay(inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         recorded = ctx.recorded
+        if recorded.pool.last is not recorded:
+            raise RuntimeError("the activations of this call are gone: another was made before its backward pass")
+        recorded.pool.last = None
         recorded.output_gradient.copy_(gradient)
         recorded.backward.replay()
         x = recorded.inputs[0]
@@ -51,21 +96,23 @@ class _Replay(torch.autograd.Function):
 class GraphedCall:
     """``call(x, t, condition)`` replayed from a graph per shape and kind of call; on the CPU it simply runs.
 
-    A call with a gradient must be differentiated before the next call of that kind, whose activations replace its own. Gradients
-    are added to those of ``module``'s parameters, which are made here and must stay the same tensors: zero them in place.
+    A call with a gradient must be differentiated before the next call in the same pool, whose activations replace its own.
+    Gradients are added to those of ``module``'s parameters, which are made here and must stay the same tensors: zero them in
+    place.
 
     Args:
         module: whose parameters get gradients.
-        call: of static shapes, without waiting for the GPU.
-        gradients: also replay calls with a gradient; otherwise they simply run, for example checkpointed.
+        call: of static shapes, without waiting for the GPU; it may be checkpointed, unless it also draws random numbers.
+        pools: shared with the other calls of a trainer; None for its own.
+        gradients: also replay calls with a gradient; otherwise they simply run.
     """
 
-    def __init__(self, module: nn.Module, call: Call, gradients: bool = True) -> None:
+    def __init__(self, module: nn.Module, call: Call, pools: Pools | None = None, gradients: bool = True) -> None:
         self._gradients = gradients
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._call = call
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
-        self._pool: Any = None  # calls without a gradient end before the next begins, so they may share memory
+        self._pools = pools or Pools()
         self._anchor: Tensor | None = None
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -83,9 +130,7 @@ class GraphedCall:
         if gradient:
             return _Replay.apply(recorded, self._anchor, *inputs)
         with torch.no_grad():
-            torch._foreach_copy_(list(recorded.inputs), list(inputs))
-            recorded.forward.replay()
-            return recorded.output.clone()
+            return recorded.replay(inputs)
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         x, t, latents, context, fps = inputs
@@ -94,34 +139,30 @@ class GraphedCall:
     def _record(self, inputs: tuple[Tensor, ...], gradient: bool) -> _Recorded:
         static = tuple(i.detach().clone() for i in inputs)
         if not gradient:
+            pool = self._pools.others
             with torch.no_grad():
                 self._warm_up(static, gradient)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
+                with pool.recording() as forward:
                     output = self._run(static)
-            self._pool = graph.pool()
-            return _Recorded(static, output, graph)
+            return _Recorded(static, output, forward, pool)
+        pool = self._pools.trained if self._parameters else self._pools.others
         self._anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
         if inputs[0].requires_grad:
             static[0].requires_grad_().grad = torch.zeros_like(static[0])
         for p in self._parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        kept = [p.grad.clone() for p in self._parameters]
         self._warm_up(static, gradient)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward):
+        with pool.recording() as forward:
             output = self._run(static)
         output_gradient = torch.zeros_like(output)
-        with torch.cuda.graph(backward, pool=forward.pool()):
+        with pool.recording() as backward:
             if static[0].grad is not None:
                 static[0].grad.zero_()
             torch.autograd.backward(output, output_gradient)
-        if self._parameters:
-            torch._foreach_copy_([p.grad for p in self._parameters], kept)
-        return _Recorded(static, output.detach(), forward, output_gradient, backward)
+        return _Recorded(static, output.detach(), forward, pool, output_gradient, backward)
 
     def _warm_up(self, static: tuple[Tensor, ...], gradient: bool) -> None:
-        """Libraries choose their algorithms before the recording."""
+        """Libraries choose their algorithms before the recording. What is added to the gradients is zero."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

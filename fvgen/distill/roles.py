@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fvgen.diffusion.predict import PredictV, unet_predictor
 from fvgen.distill.checkpoint import module_tensors, restore
 from fvgen.distill.classifier import ClassifierHead, unet_trunk
-from fvgen.distill.graphs import GraphedCall
+from fvgen.distill.graphs import GraphedCall, Pools
 from fvgen.distill.methods import Method
 from fvgen.distill.networks import Networks, derived_seed
 from fvgen.distill.parallel import Parallel
@@ -65,6 +65,7 @@ def build_roles(
     autocast = torch.bfloat16 if device.type == "cuda" else None
     teacher = _frozen(bundle.unet, getattr(torch, settings.teacher_dtype) if device.type == "cuda" else torch.float32, device)
     trained: dict[str, nn.Module] = {}
+    drops = bool(bundle.unet.config.dropout)
     for name in method.trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(settings.seed, name) % 2**63)
@@ -72,16 +73,16 @@ def build_roles(
         module = nn.Module.to(module, device).requires_grad_(True).train()
         if settings.checkpointing and name != "head":
             # the state of the random generators is copied for every layer only where one draws from them
-            drops = bool(bundle.unet.config.dropout)
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=drops)
             module.enable_gradient_checkpointing(recompute)
         if start and name in start:
             restore(module_tensors(module), start[name], name)
         trained[name] = parallel.share(module) if name != "head" else module
-    graphs = settings.graphs and device.type == "cuda" and parallel.mesh is None
+    graphs, pools = settings.graphs and device.type == "cuda" and parallel.mesh is None, Pools()
 
     def call(module: nn.Module, function: PredictV) -> PredictV:
-        return GraphedCall(module, function, gradients=not settings.checkpointing) if graphs else function
+        # the state of a random generator cannot be read while a graph is recorded
+        return GraphedCall(module, function, pools, gradients=not (settings.checkpointing and drops)) if graphs else function
 
     student = trained["student"]
     networks = Networks(

@@ -36,8 +36,8 @@ class TrainSettings:
         critic_updates: per update of the student; None for the method's own, likewise divergence.
         head: size of the classifier's head; its input channels are the teacher's.
         checkpointing: keep only layer inputs for the backward pass and compute the rest again.
-        graphs: replay network calls as CUDA graphs (small networks are otherwise bound by launching their kernels); with
-            checkpointing those without a gradient only.
+        graphs: replay network calls as CUDA graphs, where each GPU holds whole networks: training is otherwise bound by
+            launching its kernels.
         repeatable: only algorithms whose additions have a fixed order; some are slower on a GPU.
         teacher_dtype: stored precision of the frozen teacher, "float32" or "bfloat16".
         trajectories: number of the teacher's trajectories that a regression trains on.
@@ -135,7 +135,7 @@ def default_settings(recipe: str) -> TrainSettings:
     Raises:
         UserError: there is no such preset.
     """
-    full = TrainSettings(recipe, checkpointing=True, teacher_dtype="bfloat16")
+    full = TrainSettings(recipe, checkpointing=True, graphs=True, teacher_dtype="bfloat16")
     small = TrainSettings(
         recipe,
         iterations=(150, 100),

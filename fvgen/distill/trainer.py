@@ -254,8 +254,7 @@ class Trainer:
             self._batches = None
 
     def _zero(self, module: nn.Module) -> None:
-        settings = self.settings
-        if not settings.graphs or settings.checkpointing or self._parallel.mesh is not None:
+        if not self.settings.graphs or self._parallel.mesh is not None:
             module.zero_grad(set_to_none=True)
             return
         gradients = [p.grad for p in module.parameters() if p.grad is not None]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fvgen.diffusion.predict import unet_predictor
+from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.classifier import unet_trunk
-from fvgen.distill.graphs import GraphedCall
+from fvgen.distill.comparison import RUNS, make_run
+from fvgen.distill.graphs import GraphedCall, Pools
+from fvgen.distill.methods import Method
+from fvgen.distill.networks import Batch, Draws
+from fvgen.distill.parallel import Parallel
+from fvgen.distill.roles import Roles, build_roles
+from fvgen.distill.rollout import Process
 from fvgen.types import Condition
 
 from .small import SETTINGS, SHAPE, Latents, small_teacher, small_trainer
@@ -31,10 +41,13 @@ def _on_gpu(condition: Condition) -> Condition:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("frozen", [False, True])
-def test_values_and_gradients(frozen: bool) -> None:
+@pytest.mark.parametrize("kind", ["kept", "checkpointed", "frozen"])
+def test_values_and_gradients(kind: str) -> None:
     """Parameters' gradients add up over calls; a frozen network's gradient goes to its input."""
+    frozen = kind == "frozen"
     unet = small_teacher().unet.cuda().requires_grad_(not frozen)
+    if kind == "checkpointed":
+        unet.train().enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     call = unet_trunk(unet) if frozen else unet_predictor(unet)
     graphed = GraphedCall(unet, call)
     results: dict[str, list[torch.Tensor]] = {}
@@ -60,10 +73,82 @@ def test_values_and_gradients(frozen: bool) -> None:
 
 
 @pytest.mark.gpu
+def test_a_call_between_two_passes_is_noticed() -> None:
+    """Where it takes the activations; one in the other pool does no harm."""
+    unet, frozen = (small_teacher().unet.cuda().requires_grad_(train) for train in (True, False))
+    pools = Pools()
+    first, second = (GraphedCall(unet, unet_predictor(unet), pools) for _ in range(2))
+    other = GraphedCall(frozen, unet_predictor(frozen), pools)
+    condition, t = _on_gpu(Latents().read([0, 1]).condition), torch.tensor([999, 249]).cuda()
+    x = torch.randn(2, *SHAPE).cuda()
+    out = first(x, t, condition)
+    other(x, t, condition)
+    out.sum().backward()
+    out = first(x, t, condition)
+    second(x, t, condition)
+    with pytest.raises(RuntimeError, match="activations of this call are gone"):
+        out.sum().backward()
+
+
+def _methods() -> list[tuple[str, int]]:
+    """Every stage of every run that is trained in another way than those before it."""
+    seen: list[Method] = []
+    found = []
+    for name in RUNS:
+        for i, method in enumerate(make_run(name, Process.create(NoiseSchedule.create()))):
+            alike = [repr(replace(m, process=None)) for m in seen]
+            if repr(replace(method, process=None)) not in alike:
+                seen.append(method)
+                found.append((name, i))
+    return found
+
+
+def _gradients(method: Method, roles: Roles, step: str, batch: Batch, seed: int, recorded: bool) -> dict[str, torch.Tensor]:
+    for p in (p for module in roles.trained.values() for p in module.parameters()):
+        p.grad = None if p.grad is None or not recorded else p.grad.zero_()
+    update = getattr(method, step)(roles.networks, batch, Draws(seed, seed + 1))
+    update.total.backward()
+    return {
+        f"{name}.{part}": p.grad.clone()
+        for name in update.losses
+        for part, p in roles.trained[name].named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("run", "number"), _methods())
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_every_method(run: str, number: int, checkpointing: bool) -> None:
+    """Critic and student updates in turn, rollouts of every length, graphs in shared memory; the weights change in between."""
+    parallel = Parallel.start("cuda")
+    settings = replace(SETTINGS, run=run, micro_batch=2, checkpointing=checkpointing)
+    method: Any = make_run(run, Process.create(NoiseSchedule.create(), parallel.device))[number]
+    if method.critic_updates:
+        method = replace(method, config=replace(method.config, inputs="rollout"))
+    found = {graphs: build_roles(small_teacher(), method, replace(settings, graphs=graphs), parallel) for graphs in (False, True)}
+    steps = ["critic_update", "student_update"] if method.critic_updates else ["student_update"]
+    for seed in range(6):
+        batch = GpuLatents().read([2 * seed, 2 * seed + 1])
+        if not method.critic_updates:
+            states = torch.stack([batch.clean + i for i in range(len(method.config.times))], 1)
+            batch = replace(batch, ode_states=states, ode_clean=batch.clean)
+        for step in steps:
+            plain, replayed = (_gradients(method, found[g], step, batch, seed, g) for g in (False, True))
+            assert plain.keys() == replayed.keys()
+            whole = float(torch.stack(torch._foreach_norm(list(plain.values()))).norm())
+            for name, gradient in plain.items():  # sums of the backward passes may be in another order, and rounded to bfloat16
+                apart, norm = float((replayed[name] - gradient).norm()), float(gradient.norm())
+                assert apart <= 0.05 * norm + 1e-3 * whole, f"{step} {seed}: {name} is {apart} of {norm} apart"
+            for role, module in found[False].trained.items():
+                with torch.no_grad():
+                    for p, q in zip(module.parameters(), found[True].trained[role].parameters(), strict=True):
+                        q.copy_(p.mul_(0.99))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_with_graphs_is_training_without(checkpointing: bool, tmp_path: Path) -> None:
-    from fvgen.distill.parallel import Parallel
-
     runs = {}
     for graphs in (False, True):
         parallel = Parallel.start("cuda")

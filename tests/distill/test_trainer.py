@@ -164,6 +164,8 @@ def test_settings() -> None:
     tiny = default_settings("tiny")
     assert changed_settings(tiny.to_dict(), replace(tiny, iterations=(1, 1), micro_batch=1, graphs=False).to_dict()) == []
     assert changed_settings(tiny.to_dict(), replace(tiny, lr=1.0, batch=16).to_dict()) == ["batch", "lr"]
+    full = [default_settings(name) for name in ("viewcrafter_512", "viewcrafter_1024")]
+    assert all(settings.graphs and settings.checkpointing for settings in full)
     with pytest.raises(UserError, match="divisor"):
         TrainSettings("tiny", batch=3, micro_batch=2)
     with pytest.raises(UserError, match="viewcrafter_512"):
