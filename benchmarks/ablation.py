@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fvgen import envs
 from fvgen.bench.record import context, write_records
+from fvgen.diffusion.ddim import ddim_sample
 from fvgen.diffusion.few_step import few_step_sample
 from fvgen.diffusion.noise import seeded_noise
+from fvgen.diffusion.predict import PredictV, unet_predictor
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
 from fvgen.distill.comparison import stage_iterations
+from fvgen.distill.graphs import GraphedCall
 from fvgen.distill.guards import TrainingStopped
 from fvgen.distill.parallel import Parallel
 from fvgen.distill.run import CHECKPOINTS, RunOptions, distill
@@ -34,11 +37,11 @@ from fvgen.distill.synthetic import Reuse, SyntheticSource
 from fvgen.distill.trainer import Trainer
 from fvgen.evaluation.frechet import FrameFeatures
 from fvgen.evaluation.heldout import clip_scores
-from fvgen.evaluation.quality import HeldOutSet, Quality
+from fvgen.evaluation.quality import HeldOutSet, Quality, Sample
 from fvgen.evaluation.real_clips import RealClip, load_real_clip
 from fvgen.models.bundle import ModelBundle
 from fvgen.pipeline import find_model
-from fvgen.sampling import ModelSampler
+from fvgen.types import Condition
 from fvgen.utils.errors import UserError
 
 # What is trained under each name, and whose first stage it goes on from.
@@ -91,19 +94,23 @@ class Ablation:
 
     def baselines(self) -> None:
         """The teacher at 4 and 50 DDIM steps and under the student's sampler, and the truth through the VAE."""
-        sampler = ModelSampler(self._bundle)
-        ways: dict[str, Callable[..., Any]] = {
-            "teacher4": lambda c, seed: sampler.ddim(c, 4, noise=sampler.noise(seed)),
-            "teacher50": lambda c, seed: sampler.ddim(c, 50, noise=sampler.noise(seed)),
-            "untrained": lambda c, seed: sampler.few_step(c, noise=sampler.noise(seed)),
-        }
-        for name, way in ways.items():
+        predict, index = self._predictor(self._bundle.unet), self._bundle.index
+
+        def ddim(steps: int) -> Sample:
+            def way(condition: Condition, seed: int) -> Tensor:
+                noise = seeded_noise(seed, condition.latents.device)
+                rest = (noise, steps, index.eta, 1.0, 0.0)
+                return ddim_sample(predict, self._schedule, condition, condition.latents.shape, *rest)
+
+            return way
+
+        for name, way in {"teacher4": ddim(4), "teacher50": ddim(50), "untrained": self._few_step(predict)}.items():
             if not self._done(name, 0):
                 self._add(name, 0, self._held_out.score(way), self._on_real(way))
         if not self._done("vae", 0):
             codec = self._held_out.codec
 
-            def through_vae(_condition: Any, _seed: int, truth: torch.Tensor) -> torch.Tensor:
+            def through_vae(_condition: Any, _seed: int, truth: Tensor) -> Tensor:
                 ends = (0, 0, 0, 0, 0, 0, 1, 1)  # the photos, which are not scored
                 return codec.decode(codec.encode(nn.functional.pad(truth.float() / 255, ends)))
 
@@ -128,27 +135,17 @@ class Ablation:
             stopped = str(reason)
         found = checkpoint.latest(folder / CHECKPOINTS)
         assert found is not None
-        student = copy.copy(self._bundle)
-        student.unet = copy.deepcopy(self._bundle.unet).float()
-        checkpoint.restore(checkpoint.module_tensors(student.unet), checkpoint.read_tensors(found, "ema"), "student")
-        student.unet.to(self._parallel.device)
-        sampler = ModelSampler(student)
-
-        def way(condition: Any, number: int) -> torch.Tensor:
-            return sampler.few_step(condition, noise=sampler.noise(number))
-
+        student = copy.deepcopy(self._bundle.unet).float().eval()
+        checkpoint.restore(checkpoint.module_tensors(student), checkpoint.read_tensors(found, "ema"), "student")
+        way = self._few_step(self._predictor(student.to(self._parallel.device)))
         facts = {"iterations": list(iterations), "checkpoint": found.name, "lr": settings.lr, "batch": settings.batch}
         facts |= {"stopped": stopped} if stopped else {}
         self._add(row, seed, self._held_out.score(way), self._on_real(way), facts)
 
     def _curve(self, folder: Path) -> Callable[[Trainer, str], dict[str, float]]:
         def judge(trainer: Trainer, name: str) -> dict[str, float]:
-            def way(condition: Any, number: int) -> torch.Tensor:
-                noise = seeded_noise(number, condition.latents.device)
-                return few_step_sample(trainer.roles.sampler, self._schedule, condition, condition.latents.shape, noise)
-
             with trainer.average.applied():
-                found = self._held_out.score(way, self._curve_clips)
+                found = self._held_out.score(self._few_step(trainer.roles.sampler), self._curve_clips)
             line = {"stage": trainer.stage, "iteration": trainer.iteration, **asdict(found)}
             with (folder / CURVE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -156,13 +153,23 @@ class Ablation:
 
         return judge
 
-    def _on_real(self, way: Callable[..., torch.Tensor]) -> dict[str, float]:
-        sampler, scores = ModelSampler(self._bundle, engine=False), {}
+    def _predictor(self, unet: nn.Module) -> PredictV:
+        precision = torch.bfloat16 if self._parallel.device.type == "cuda" else None
+        return GraphedCall(unet, unet_predictor(unet, precision))
+
+    def _few_step(self, predict: PredictV) -> Sample:
+        def way(condition: Condition, seed: int) -> Tensor:
+            noise = seeded_noise(seed, condition.latents.device)
+            return few_step_sample(predict, self._schedule, condition, condition.latents.shape, noise)
+
+        return way
+
+    @torch.no_grad()
+    def _on_real(self, way: Sample) -> dict[str, float]:
+        scores = {}
         for name, clip in self._real.items():
-            latents = way(sampler.condition(clip.renders.rgb[None]), 0)
-            video = self._held_out.codec.decode(latents)
-            found = clip_scores(name, video, clip.truth[None], clip.renders.coverage[None])
-            scores[name] = found[name][0]
+            video = self._held_out.codec.decode(way(self._held_out.conditioner(clip.renders.rgb[None]), 0))
+            scores[name] = clip_scores(name, video, clip.truth[None], clip.renders.coverage[None])[name][0]
         return scores
 
     def _done(self, row: str, seed: int) -> bool:

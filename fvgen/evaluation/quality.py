@@ -69,13 +69,13 @@ class HeldOutSet:
         self._features, self._truth = features, Gaussian()
         self.codec = LatentCodec(bundle.vae)
         towers = bundle.image_encoder, bundle.image_projector
-        conditioner = Conditioner(self.codec, *towers, bundle.prompt, bundle.empty, index.fps)
+        self.conditioner = Conditioner(self.codec, *towers, bundle.prompt, bundle.empty, index.fps)
         self._sets: list[_Clips] = []
         device = bundle.prompt.device
         for first in range(0, clips, batch):
             seeds = torch.arange(first, min(first + batch, clips), device=device) + HELD_OUT_SEED
             pairs = synthetic_pairs(seeds, (index.height, index.width), index.frames, compile, index.compositor)
-            condition = conditioner(pairs.render, guidance=True)
+            condition = self.conditioner(pairs.render)
             truth = (pairs.target[:, 1:-1] * 255).round().byte()
             self._sets.append(_Clips(condition, truth, pairs.coverage[:, 1:-1]))
             self._truth.add(features(truth.flatten(0, 1).float() / 255))
