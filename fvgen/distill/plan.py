@@ -31,7 +31,7 @@ def memory_plan(spec: ModelSpec, method: Method, settings: TrainSettings, middle
         method: of the stage.
         settings: of the run.
         middle_channels: of the trunk's features.
-        share: GPUs that hold one copy of the trained networks together.
+        share: GPUs that hold one copy of the trained networks together. Calls are recorded only where this is 1.
     """
     with torch.device("meta"):
         unet, head = build_component("unet", spec.unet), ClassifierHead(replace(settings.head, in_channels=middle_channels))
@@ -45,6 +45,8 @@ def memory_plan(spec: ModelSpec, method: Method, settings: TrainSettings, middle
         "VAE, image branch": sum(map(_count, others)) * 4,
         "activations (estimate)": activation_bytes(unet, spec, settings.micro_batch, settings.checkpointing),
     }
+    if settings.graphs and share == 1:  # autocast's, in the memory of calls with a gradient and in that of all others
+        plan["weights in bfloat16"] = 2 * size * 2
     return {name: n / 1e9 for name, n in plan.items()}
 
 
