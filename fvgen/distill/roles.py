@@ -6,11 +6,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fvgen import envs
 from fvgen.diffusion.predict import PredictV, unet_predictor
 from fvgen.distill.checkpoint import module_tensors, restore
 from fvgen.distill.classifier import ClassifierHead, unet_trunk
@@ -63,14 +65,19 @@ def build_roles(
     """
     device = parallel.device
     autocast = torch.bfloat16 if device.type == "cuda" else None
-    teacher = _frozen(bundle.unet, getattr(torch, settings.teacher_dtype) if device.type == "cuda" else torch.float32, device)
+    # where activations have their channels last, convolutions would rearrange other weights at each call; FSDP2 cannot cut these
+    whole = device.type == "cuda" and parallel.mesh is None and envs.kernels_mode() != "reference"
+    layout: dict[str, Any] = {"memory_format": torch.channels_last} if whole else {}
+    dtype = getattr(torch, settings.teacher_dtype) if device.type == "cuda" else torch.float32
+    # whole on every rank, since its trunk is called without its outermost ``forward``
+    teacher = nn.Module.to(copy.deepcopy(bundle.unet), device=device, dtype=dtype, **layout).requires_grad_(False).eval()
     trained: dict[str, nn.Module] = {}
     drops = bool(bundle.unet.config.dropout)
     for name in method.trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(settings.seed, name) % 2**63)
             module = _head(bundle, settings) if name == "head" else copy.deepcopy(bundle.unet).float()
-        module = nn.Module.to(module, device).requires_grad_(True).train()
+        module = nn.Module.to(module, device=device, **({} if name == "head" else layout)).requires_grad_(True).train()
         if settings.checkpointing and name != "head":
             # the state of the random generators is copied for every layer only where one draws from them
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=drops)
@@ -93,11 +100,6 @@ def build_roles(
         head=trained.get("head"),
     )
     return Roles(networks, trained, unet_predictor(student, autocast), unet_predictor(teacher, autocast))
-
-
-def _frozen(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
-    """A copy for this device; whole on every rank, since its trunk is called without its outermost ``forward``."""
-    return nn.Module.to(copy.deepcopy(unet), device=device, dtype=dtype).requires_grad_(False).eval()
 
 
 def _head(bundle: ModelBundle, settings: TrainSettings) -> ClassifierHead:

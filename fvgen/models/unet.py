@@ -244,9 +244,9 @@ class VideoUNet(ModelMixin, ConfigMixin):
                 f"the input must be [B, {self.config.in_channels}, T, h, w] with h and w multiples of {factor}, "
                 f"got {tuple(x.shape)}"
             )
-        text, image = self.split_context(context, frames)
-        args = (self.embed(timesteps.expand(b), fps), text, image, frames)
         h = self.conv_in(x.transpose(1, 2).flatten(0, 1))
+        text, image = self.split_context(context.to(h.dtype), frames)  # under autocast every layer would cast it
+        args = (self.embed(timesteps.expand(b), fps), text, image, frames)
         if fused.applies(h):
             h = h.contiguous(memory_format=channels_last)
         if self.temporal_in is not None:
