@@ -10,6 +10,7 @@ stopped.json        what a guard said, until the run is continued
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -129,6 +130,8 @@ def distill(
             trainer = _stage(stage, methods[stage - 1], settings, options, bundle, parallel, log, guards(), worlds, validate)
             if trainer is not None and not trainer.run(settings.iterations[stage - 1], end):
                 return False
+            del trainer
+            gc.collect()  # networks, hooks and graphs of a stage go before the next one's are built
     except TrainingStopped as stopped:
         if parallel.main:
             _write_json(output / STOPPED, {"reason": str(stopped), "checkpoint": str(checkpoint.latest(root))})
