@@ -1,4 +1,4 @@
-"""Times ways to cut up the backward passes of the norms and GEGLU: ``python -m benchmarks.tune_norms [--json FILE]`` on a GPU.
+"""Times ways to cut up the norms and GEGLU: ``python -m benchmarks.tune_norms [--ops NAME ...] [--json FILE]`` on a GPU.
 
 Candidates are compiled beforehand, one process per shape. Each is checked against the reference; the fastest must repeat exactly.
 """
@@ -31,7 +31,10 @@ from fvgen.kernels.geglu.triton import Tile
 from fvgen.kernels.geglu.triton import geglu as geglu_forward
 from fvgen.kernels.group_norm_silu import spec as group_norm_silu
 from fvgen.kernels.group_norm_silu.reference import is_small
-from fvgen.kernels.group_norm_silu.triton_backward import Blocks, group_norm_silu_backward
+from fvgen.kernels.group_norm_silu.triton import Blocks, Joining
+from fvgen.kernels.group_norm_silu.triton import group_norm_silu as group_norm_silu_forward
+from fvgen.kernels.group_norm_silu.triton import group_norm_silu_skip as group_norm_silu_skip_forward
+from fvgen.kernels.group_norm_silu.triton_backward import group_norm_silu_backward
 from fvgen.kernels.layer_norm_residual import spec as layer_norm_residual
 from fvgen.kernels.layer_norm_residual.triton import Launch, layer_norm_residual_backward
 
@@ -40,43 +43,42 @@ ALLOWED = 2**-7  # outputs are rounded to bfloat16, relative to the largest entr
 SHOWN = 3  # candidates of a shape, and of an operator
 
 # warps of a program, programs per multiprocessor
-LAUNCHES = ((1, 8), (1, 12), (1, 16), (2, 4), (2, 6), (2, 8), (4, 1), (4, 2), (4, 3))
+LAUNCHES = ((1, 12), (1, 16), (2, 8), (4, 3))
 # rows of a program, rows of a tile, warps, tiles on their way
-SUMS = (
-    (64, 16, 4, 2),
-    (64, 16, 4, 4),
-    (128, 16, 4, 1),
-    (128, 16, 4, 2),
-    (128, 16, 4, 4),
-    (128, 32, 8, 4),
-    (256, 16, 4, 4),
-)
+SUMS = ((128, 16, 4, 1), (128, 16, 4, 2), (128, 16, 4, 4), (256, 16, 4, 2))
 # rows of a program, rows of a tile, warps, -, whether the cache is told that nothing is read again
-GRADIENTS = (
-    (16, 16, 4, 1, True),
-    (32, 32, 8, 1, True),
-    (32, 32, 8, 1, False),
-    (64, 32, 4, 1, True),
-    (64, 32, 8, 1, True),
-    (64, 32, 8, 1, False),
-    (64, 64, 16, 1, True),
-    (128, 32, 8, 1, True),
-    (256, 32, 8, 1, True),
-)
+GRADIENTS = ((64, 32, 4, 1, True), (64, 32, 8, 1, True), (128, 32, 4, 1, True), (128, 32, 8, 1, True))
 # rows, channels, warps, neighbours along a row, whether the cache is told that x is not read again
-TILES = (
-    (4, 256, 4, True, False),
-    (4, 256, 4, False, False),
-    (8, 256, 4, True, False),
-    (8, 256, 4, True, True),
-    (8, 256, 4, False, False),
-    (16, 256, 4, True, False),
-    (16, 256, 8, True, False),
-    (2, 512, 4, True, False),
-    (4, 512, 4, True, False),
-    (1, 1024, 4, True, False),
-    (4, 256, 2, True, False),
+TILES = ((4, 256, 2, True, False), (4, 256, 4, True, False), (2, 512, 4, True, False))
+# the forward pass of the group norm, as above: the first pass without a sum, with one, and the last pass
+STATISTICS = (
+    (128, 16, 4, 1, False),
+    (128, 16, 4, 2, False),
+    (128, 16, 4, 4, False),
+    (128, 32, 8, 2, False),
+    (64, 16, 4, 4, False),
+    (256, 16, 4, 4, False),
 )
+SUMMED = (
+    (64, 16, 4, 1, True),
+    (128, 16, 4, 1, True),
+    (128, 16, 4, 1, False),
+    (128, 32, 8, 1, True),
+    (128, 32, 4, 1, True),
+    (256, 16, 4, 1, True),
+)
+NORMALISED = (
+    (64, 16, 4, 1, True),
+    (64, 16, 4, 1, False),
+    (128, 16, 4, 1, True),
+    (16, 16, 2, 1, True),
+    (32, 32, 4, 1, True),
+    (32, 32, 8, 1, True),
+    (64, 64, 8, 1, True),
+    (128, 32, 8, 1, True),
+)
+# partial statistics at a time, and for a thread
+JOINED = ((8192, 4), (8192, 16), (2048, 4))
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,23 @@ class Search:
     candidates: dict[str, dict[str, Any]]
 
     def of(self, args: tuple) -> dict[str, dict[str, Any]]:
-        """The candidates for these arguments: none where a group norm takes a single pass."""
-        small = self.spec is group_norm_silu.BACKWARD and is_small(args[2].shape[1], args[2].shape[2] // args[8])
-        return {DEFAULT: {}} if small else {DEFAULT: {}, **self.candidates}
+        """The candidates for these arguments: none where a group norm takes a single pass, else those of the passes it takes."""
+        candidates = self.candidates
+        if self.spec is group_norm_silu.BACKWARD:
+            candidates = {} if is_small(args[2].shape[1], args[2].shape[2] // args[8]) else candidates
+        elif self.spec is group_norm_silu.FORWARD:
+            unused = "STATISTICS" if args[1].numel() else "SUMMED"
+            small = is_small(args[0].shape[1], args[0].shape[2] // args[5])
+            candidates = {} if small else {n: given for n, given in candidates.items() if not n.startswith(unused)}
+        return {DEFAULT: {}, **candidates}
 
 
+def _blocks(name: str, argument: str, values: tuple[tuple, ...]) -> dict[str, dict[str, Any]]:
+    return {f"{name} = Blocks{given}": {argument: Blocks(*given)} for given in values}
+
+
+_AFTER = {f"JOINED = Joining{given}": {"joined": Joining(*given)} for given in JOINED}
+_AFTER |= _blocks("NORMALISED", "last", NORMALISED)
 SEARCHES = (
     Search(
         layer_norm_residual.BACKWARD,
@@ -103,9 +117,14 @@ SEARCHES = (
     Search(
         group_norm_silu.BACKWARD,
         group_norm_silu_backward,
-        {f"SUMS = Blocks{given}": {"first": Blocks(*given)} for given in SUMS}
-        | {f"GRADIENT = Blocks{given}": {"last": Blocks(*given)} for given in GRADIENTS},
+        _blocks("SUMS", "first", SUMS) | _blocks("GRADIENT", "last", GRADIENTS),
     ),
+    Search(
+        group_norm_silu.FORWARD,
+        group_norm_silu_forward,
+        _blocks("STATISTICS", "first", STATISTICS) | _blocks("SUMMED", "first", SUMMED) | _AFTER,
+    ),
+    Search(group_norm_silu.SKIP, group_norm_silu_skip_forward, _blocks("SUMMED", "first", SUMMED) | _AFTER),
 )
 
 
@@ -201,10 +220,15 @@ def print_choice(search: Search, found: list[dict[str, float]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="every time, as a result file")
+    names = [search.spec.name for search in SEARCHES]
+    parser.add_argument(
+        "--ops", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)"
+    )
     parser.add_argument("--seconds", type=float, default=80.0, help="no shape is begun after so many (default: 80)")
     options = parser.parse_args(argv)
     start, device = time.monotonic(), "cuda"
-    numbered = [(n, s, c) for s in SEARCHES for n, c in enumerate(s.spec.benchmarks)]
+    searches = [search for search in SEARCHES if search.spec.name in options.ops]
+    numbered = [(n, s, c) for s in searches for n, c in enumerate(s.spec.benchmarks)]
     work = [(s, c) for _, s, c in sorted(numbered, key=lambda item: item[0])]  # if time runs out, each operator has some shapes
     given = prepare_all(work, device, 0.5 * options.seconds)
     if not torch.cuda.is_available():
@@ -228,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             write_records(options.json, records)
         torch.cuda.empty_cache()
     print(f"\nmeasured after {time.monotonic() - start:.0f} s; mean over the shapes:")
-    for search in SEARCHES:
+    for search in searches:
         print_choice(search, found.get(search.spec.name, []))
     return 0
 

@@ -144,7 +144,7 @@ def _library_skip(
 _TYPES = {
     **dict.fromkeys(("grad_ptr", "x_ptr", "emb_ptr", "weight_ptr", "bias_ptr", "out_ptr", "grad_emb_ptr"), "*bf16"),
     **dict.fromkeys(("residual_ptr", "skip_ptr", "total_ptr", "grad_total_ptr"), "*bf16"),
-    **dict.fromkeys(("partial_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(("partial_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "sums_ptr", "affine_ptr"), "*fp32"),
     **dict.fromkeys(("rows", "own", "channels", "groups", "programs", "samples"), "i32"),
     "eps": "fp32",
 }
@@ -218,23 +218,23 @@ FORWARD = OpSpec(
             _kernel(
                 "statistics_kernel",
                 _STATISTICS,
-                {**_TILE, **form, "SKIP": False},
+                {**_TILE, **form, "SKIP": False, "UNROLL": unroll, "ONCE": once},
             )
-            for form in _FORMS
+            for form, unroll, once in zip(_FORMS, (4, 1), (False, True), strict=True)
         ),
         *(
             _kernel(
                 "combine_kernel",
-                f"partial_ptr mean_ptr rstd_ptr eps {_SIZES} programs",
-                {"ROWS": 128, "BLOCK_P": 4096 // j, "BLOCK_J": j},
-                warps=8,
+                f"partial_ptr emb_ptr weight_ptr bias_ptr mean_ptr rstd_ptr affine_ptr eps {_SIZES} programs",
+                {"EMB": 2, "FOLD": True, "ROWS": 128, "BLOCK_P": p, "BLOCK_J": j},
+                warps,
             )
-            for j in _WIDTHS
+            for p, j, warps in ((32, 16, 4), (512, 16, 16), (8, 64, 4), (128, 64, 16))  # a frame's and a clip's blocks of rows
         ),
         _kernel(
             "normalise_kernel",
-            f"{_AFFINE} out_ptr {_SIZES} programs",
-            {**_TILE, "BLOCK_R": 32, "EMB": 2, "SILU": True, "FOLD": True},
+            "x_ptr bias_ptr affine_ptr out_ptr rows channels programs",
+            {**_TILE, "ROWS": 64, "SILU": True, "FOLD": True, "ONCE": True},
         ),
         *(
             _kernel(
@@ -351,7 +351,7 @@ SKIP = OpSpec(
         _kernel(
             "statistics_kernel",
             _STATISTICS,
-            {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "EMB": emb},
+            {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "EMB": emb, "UNROLL": 1, "ONCE": True},
         )
         for residual, emb in ((True, 0), (False, 1))
     ),

@@ -5,8 +5,6 @@ A group that fits into registers is done by one program in a single pass.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,26 +12,8 @@ from torch import Tensor
 
 from fvgen.kernels._triton_sums import column_sums
 from fvgen.kernels.group_norm_silu.reference import is_small
-from fvgen.kernels.group_norm_silu.triton import emb_rows, embedding
+from fvgen.kernels.group_norm_silu.triton import BLOCK_C, Blocks, emb_rows, embedding, place
 
-
-class Blocks(NamedTuple):
-    """How a pass is cut up.
-
-    Attributes:
-        rows: of a program; tile: rows of them at a time, times BLOCK_C channels.
-        unroll: tiles whose loads may be on their way at once, of the pass that writes nothing in between.
-        once: the cache is told that nothing is read again, of the last pass.
-    """
-
-    rows: int
-    tile: int
-    warps: int
-    unroll: int = 1
-    once: bool = False
-
-
-BLOCK_C = 64  # whole lines of the cache in half precision
 SUMS = Blocks(rows=128, tile=16, warps=4, unroll=2)  # both measured with benchmarks/tune_norms.py
 GRADIENT = Blocks(rows=64, tile=32, warps=4, once=True)
 COMBINED = 2048  # elements of the partial sums joined at a time
@@ -46,19 +26,6 @@ def _d_silu(b_z):
 
 
 @triton.jit
-def _place(channels, programs, rows, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, REVERSED: tl.constexpr):
-    """Sample, rows and channels of the program; neighbouring programs share their rows, so that memory is read in order."""
-    i_t = tl.program_id(0)
-    if REVERSED:
-        i_t = tl.num_programs(0) - 1 - i_t
-    across = tl.cdiv(channels, BLOCK_C)
-    i_x = i_t // across
-    i_n, i_p = (i_x // programs).to(tl.int64), i_x % programs
-    left = tl.minimum(rows - i_p * ROWS, ROWS)
-    return i_x.to(tl.int64), i_n, i_n * rows + i_p * ROWS, left, (i_t % across) * BLOCK_C + tl.arange(0, BLOCK_C)
-
-
-@triton.jit
 def sums_kernel(
     grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partial_ptr,
     rows, channels, groups, programs, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
@@ -68,7 +35,7 @@ def sums_kernel(
 
     The last two serve d emb alone. Rows are summed at the end, so that nothing is waited for but memory.
     """
-    i_x, i_n, i_row, left, o_c = _place(channels, programs, rows, ROWS, BLOCK_C, False)
+    i_x, i_n, i_row, left, o_c = place(channels, programs, rows, ROWS, BLOCK_C, False)
     m_c = o_c < channels
     o_g = i_n * groups + o_c // (channels // groups)
     b_shift = embedding(emb_ptr, i_n, o_c, channels, m_c, EMB) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
@@ -162,7 +129,7 @@ def gradient_kernel(
 
     From the end, since the last rows are those still in the cache. The next tile is on its way while one is worked on.
     """
-    _, i_n, i_row, left, o_c = _place(channels, programs, rows, ROWS, BLOCK_C, True)
+    _, i_n, i_row, left, o_c = place(channels, programs, rows, ROWS, BLOCK_C, True)
     m_c = o_c < channels
     o_r = tl.arange(0, BLOCK_R)
     o_x = (i_row + o_r)[:, None] * channels + o_c[None, :]

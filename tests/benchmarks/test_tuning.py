@@ -50,6 +50,7 @@ def test_the_search_of_the_norms():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from benchmarks.tune_norms import DEFAULT, SEARCHES
     from fvgen.kernels.geglu.triton import FORWARD
+    from fvgen.kernels.group_norm_silu.triton import JOINED, NORMALISED, STATISTICS, SUMMED
     from fvgen.kernels.group_norm_silu.triton_backward import GRADIENT, SUMS
     from fvgen.kernels.layer_norm_residual.triton import NARROW, WIDE
 
@@ -61,7 +62,19 @@ def test_the_search_of_the_norms():
             assert list(norm.of(args)) == [DEFAULT, *norm.candidates]
         if case.name == "small":
             assert list(norm.of(args)) == [DEFAULT]
+    # of two first passes, those of the one that is taken
+    norm = found["group_norm_silu"]
+    for case in norm.spec.cases:
+        args = case.make("cpu", torch.float32)
+        constants = {name.split(" = ")[0] for name in norm.of(args)} - {DEFAULT}
+        if case.name in ("small", "residual"):
+            assert constants == set()
+        if case.name == "across_programs":
+            assert constants == {"STATISTICS", "JOINED", "NORMALISED"}
+        if case.name == "residual_across_programs":
+            assert constants == {"SUMMED", "JOINED", "NORMALISED"}
     # the present choice is among the candidates, so that the search compares with what it says
     given = [settings for s in SEARCHES for settings in s.candidates.values()]
-    for present in ({"first": SUMS}, {"last": GRADIENT}, {"launch": NARROW}, {"launch": WIDE}, {"tile": FORWARD}):
+    passes = [{"first": SUMS}, {"last": GRADIENT}, {"first": STATISTICS}, {"first": SUMMED}, {"last": NORMALISED}]
+    for present in (*passes, {"joined": JOINED}, {"launch": NARROW}, {"launch": WIDE}, {"tile": FORWARD}):
         assert present in given

@@ -200,6 +200,8 @@ def test_a_skip_connection_that_does_not_fit_is_named(change, message):
 
 
 _INTERPRETED = """
+from functools import partial
+
 import torch
 from fvgen.kernels._testing import assert_close, largest_error, poisoned_memory
 from fvgen.kernels.group_norm_silu import reference, spec, triton, triton_backward
@@ -221,9 +223,23 @@ def both(shape, groups, emb=2, residual=False, silu=True):
     compare(triton_backward.group_norm_silu_backward, reference.group_norm_silu_backward, given, (*what, "backward"))
 
 both((1, 261, 72), 1)
-both((1, 650, 132), 1, residual=True)  # more blocks of rows than one step of the combination takes
+both((1, 650, 132), 1, residual=True)
 for case in spec.SKIP.cases[1:]:
     compare(triton.group_norm_silu_skip, reference.group_norm_silu_skip, case.make("cpu", torch.float32), case.name)
+
+# cut up otherwise: unrolled, one tile a program, more blocks of rows than one step of the combination takes
+Blocks, Joining = triton.Blocks, triton.Joining
+for first, joined, last in (
+    (Blocks(32, 16, 2, unroll=2, once=True), Joining(256, 4), Blocks(16, 16, 2, once=True)),
+    (Blocks(64, 32, 4), Joining(128, 16), Blocks(64, 32, 8)),
+):
+    given = {"first": first, "joined": joined, "last": last}
+    for residual in (False, True):
+        args = spec._inputs("cpu", torch.float32, shape=(2, 150, 72), groups=1, residual=residual)
+        compare(partial(triton.group_norm_silu, **given), reference.group_norm_silu, args, (first, residual))
+    args = spec._beside("cpu", torch.float32, shape=(2, 150, 64), further=72, groups=1, emb=1)
+    compare(partial(triton.group_norm_silu_skip, **given), reference.group_norm_silu_skip, args, (first, "skip"))
+
 half = spec._beside("cpu", torch.float16, shape=(1, 40, 64), further=56, groups=4, emb=1)
 found, expected = triton.group_norm_silu_skip(*half)[1], reference.group_norm_silu_skip(*half)[1]
 assert torch.equal(found, expected), "the sum is rounded once"
