@@ -28,7 +28,7 @@ def make(bundle: ModelBundle, output: Path, lr: float) -> Ablation:
     settings = replace(
         default_settings("tiny"), batch=2, micro_batch=2, lr=lr, head=ClassifierConfig(width=8, layers=2, groups=4)
     )
-    settings = replace(settings, critic_updates=1, trajectories=2, trajectory_steps=4, warmup=1)
+    settings = replace(settings, critic_updates=1, trajectories=2, trajectory_steps=4, warmup=1, lead=0)
     cadence, alone = Cadence(log=1, checkpoint=10**9, keep=1, validate=1), Parallel(0, 1, torch.device("cpu"))
     return Ablation(bundle, output, settings, (1, 1), 2, 2, Reuse(2, 10**9, 2, 0.0), cadence, alone, {})
 
