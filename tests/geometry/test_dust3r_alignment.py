@@ -145,6 +145,15 @@ def test_the_first_step_goes_down_by_the_rate() -> None:
         torch.testing.assert_close((after - before).detach()[clear], expected[clear], rtol=2e-3, atol=1e-6)
 
 
+def test_alignment_takes_gradients_where_the_caller_takes_none() -> None:
+    images = ImageSet(torch.zeros(3, 3, *SIZE))
+    expected = aligned_scene(images, _predictions(), steps=5)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found = aligned_scene(images, [p.to("cpu") for p in _predictions()], steps=5)
+        assert torch.equal(found.points, expected.points)
+
+
 @pytest.mark.gpu
 def test_a_recorded_step_is_the_same_step() -> None:
     """To the bit, and again the next time; and the loss of the CPU while the steps have not diverged."""

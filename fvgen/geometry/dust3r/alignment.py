@@ -166,6 +166,7 @@ def learning_rate(step: int, steps: int, rate: float, schedule: str) -> float:
     return LAST_RATE + (rate - LAST_RATE) * part
 
 
+@torch.enable_grad()
 def optimise(
     state: AlignmentState,
     objective: Objective,

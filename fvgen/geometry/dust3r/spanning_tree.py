@@ -173,6 +173,7 @@ def _state(
     ).to(depths[0].device)
 
 
+@torch.inference_mode(False)
 def aligned_scene(
     images: ImageSet,
     predictions: Sequence[PairPrediction],
