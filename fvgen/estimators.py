@@ -102,6 +102,7 @@ def make_estimator(
     weights: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     offload: bool = False,
+    min_confidence: float | None = None,
 ) -> Estimator:
     """The estimator of a choice of ``GEOMETRIES``.
 
@@ -110,11 +111,12 @@ def make_estimator(
         weights: directory written by ``fvgen convert dust3r``.
         device: where DUSt3R runs.
         offload: its weights are there only while it does.
+        min_confidence: pixels at or below it get no point; None = log 3, of values above 1.
 
     Raises:
         UserError: see :func:`wants_dust3r`, or the weights cannot be read.
     """
     if wants_dust3r(geometry, weights):
         assert weights is not None
-        return Dust3rEstimator(weights, device, offload=offload)
+        return Dust3rEstimator(weights, device, min_confidence=min_confidence, offload=offload)
     return ClassicalEstimator()

@@ -195,6 +195,7 @@ class FVGenPipeline:
         geometry: str = "auto",
         dust3r_weights: str | os.PathLike[str] | None = None,
         cpu_offload: bool = False,
+        min_confidence: float | None = None,
     ) -> FVGenPipeline:
         """Loads a model.
 
@@ -206,6 +207,7 @@ class FVGenPipeline:
             dust3r_weights: directory written by ``fvgen convert dust3r``.
             cpu_offload: for GPUs with little memory: what a stage does not need stays in the processor's memory, see
                 :class:`fvgen.inference.clip.ClipEngine`; slower.
+            min_confidence: DUSt3R's pixels at or below it get no point; None = log 3, of values above 1.
 
         Raises:
             UserError: unknown name, incomplete directory, no such device.
@@ -213,7 +215,7 @@ class FVGenPipeline:
         from fvgen.models.bundle import ModelBundle
 
         chosen = choose_device(device)
-        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload)
+        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload, min_confidence)
         bundle = ModelBundle.from_pretrained(find_model(name_or_dir), device="cpu" if cpu_offload else chosen)
         return cls(bundle, chosen, fast, estimator, cpu_offload)
 

@@ -50,6 +50,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.geometry if among.main else "auto",
                 arguments.dust3r_weights if among.main else None,
                 arguments.cpu_offload,
+                arguments.min_confidence,
             )
             photos: Photos = read_images(arguments.photos) if among.main else []
         how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}

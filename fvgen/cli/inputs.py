@@ -24,6 +24,8 @@ def check_photos(arguments: argparse.Namespace) -> list[tuple[int, int]]:
         UserError: fewer than the geometry needs, or one of them is no image; no such geometry.
     """
     learned = wants_dust3r(arguments.geometry, arguments.dust3r_weights)
+    if arguments.min_confidence is not None and not learned:
+        raise UserError("--min-confidence belongs to the geometry dust3r; leave it out or give --dust3r-weights")
     sizes = [image_size(photo) for photo in arguments.photos]
     if len(sizes) < 2 and not learned:
         raise UserError("one photo was given and two or more are needed; add a photo of the same place from another position")

@@ -276,6 +276,12 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help="classical (features and stereo), dust3r, or auto: dust3r where --dust3r-weights are given (default: auto)",
     )
     parser.add_argument("--dust3r-weights", metavar="DIR", help="written by `fvgen convert dust3r`")
+    parser.add_argument(
+        "--min-confidence",
+        type=between(1, 1e9),
+        metavar="X",
+        help="dust3r: pixels at or below it get no point; its values are above 1 (default: 1.1, the logarithm of 3)",
+    )
     parser.add_argument("--trajectory", default="smooth", metavar="SPEC", help="camera path, see below (default: smooth)")
     parser.add_argument(
         "--frames", type=whole(2, 64), default=16, metavar="N", help="frames from one photo to the next, with both (default: 16)"

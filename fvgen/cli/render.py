@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
             photos = read_images(arguments.photos)
-            estimator = make_estimator(arguments.geometry, arguments.dust3r_weights, device)
+            estimator = make_estimator(
+                arguments.geometry, arguments.dust3r_weights, device, min_confidence=arguments.min_confidence
+            )
         prepared = prepare(
             photos,
             arguments.cameras,

@@ -164,7 +164,13 @@ def test_render_with_dust3r(fvgen: Run, scene: Photos, checkpoint: Path, report:
     command = ["render", scene.photos[0], "--trajectory", "orbit:deg=4", "--frames", 3, "--dust3r-weights", checkpoint]
     status, _, err = fvgen(*command, "--output", tmp_path / "out")
     assert status == 0, err
-    assert report(tmp_path / "out")["geometry"]["estimator"].startswith("dust3r")
+    told = report(tmp_path / "out")["geometry"]
+    assert told["estimator"].startswith("dust3r")
+    assert told["coverage"][0] > 0
+    status, _, err = fvgen(*command, "--min-confidence", 1e6, "--output", tmp_path / "none")
+    assert status == 0, err
+    assert report(tmp_path / "none")["geometry"]["coverage"] == [0.0]
+    assert "only 0% of photo 1 has points" in err
 
 
 def test_refused(fvgen: Run, scene: Photos, checkpoint: Path, tmp_path: Path) -> None:
@@ -172,6 +178,8 @@ def test_refused(fvgen: Run, scene: Photos, checkpoint: Path, tmp_path: Path) ->
         "needs weights": ["--geometry", "dust3r"],
         "takes no DUSt3R weights": ["--geometry", "classical", "--dust3r-weights", str(checkpoint)],
         "there are no DUSt3R weights": ["--dust3r-weights", "none"],
+        "--min-confidence belongs to": ["--min-confidence", "2"],
+        "--min-confidence: must be": ["--dust3r-weights", str(checkpoint), "--min-confidence", "0.5"],
         "needs two photos or more": ["--dust3r-weights", str(checkpoint)],
     }
     for words, options in cases.items():
