@@ -163,8 +163,8 @@ def test_a_recorded_step_is_the_same_step() -> None:
     for state, losses in runs[1:]:
         assert losses == runs[0][1]
         assert all(torch.equal(a, b) for a, b in zip(state.parameters(), runs[0][0].parameters(), strict=True))
-    _, expected = optimise(start, Objective(predictions), steps=10)
-    assert runs[0][1][:10] == pytest.approx(expected, rel=1e-3)
+    _, expected = optimise(start, Objective(predictions), steps=40)  # the rates depend on their number
+    assert runs[0][1][:10] == pytest.approx(expected[:10], rel=1e-3)
 
 
 @pytest.mark.gpu
