@@ -127,7 +127,7 @@ class Ablation:
         settings = replace(self._settings, run=name, stages=stages, iterations=iterations, seed=seed)
         folder = self._output / f"{row}-{seed}"
         start = None if before is None else self._output / f"{before}-{seed}"
-        options = RunOptions(folder, "tiny", start=start, cadence=self._cadence, reuse=self._reuse, compile=self._compile)
+        options = RunOptions(folder, "tiny_teacher", start=start, cadence=self._cadence, reuse=self._reuse, compile=self._compile)
         stopped = ""
         try:
             distill(settings, options, self._bundle, self._parallel, worlds=self._worlds, validate=self._curve(folder))
@@ -198,7 +198,7 @@ def parse_run(text: str) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--teacher", default="tiny", help="model directory, or tiny for the bundled one")
+    parser.add_argument("--teacher", default="tiny_teacher", help="model directory, or the bundled tiny_teacher")
     everything = [f"{row}:{seed}" for seed in range(3) for row in ROWS]
     parser.add_argument("--runs", nargs="+", default=everything, metavar="ROW:SEED", help="default: every row with seeds 0 to 2")
     parser.add_argument("--no-baselines", action="store_true", help="leave the teacher's scores to another folder")

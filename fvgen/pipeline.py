@@ -28,7 +28,7 @@ from fvgen.utils.stopwatch import Progress, Stopwatch
 from fvgen.workers import Workers
 
 Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
-BUNDLED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("tiny", "tiny_teacher")}
 SAMPLERS = ("few_step", "teacher")
 MAX_FRAMES = 64  # generated together
 BATCH_PIXELS = 4 * 16 * 320 * 512  # of all clips generated together: more at once is hardly faster and takes more memory

@@ -38,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate = command("generate", "generate", "photos to video", GENERATE)
     _inputs(generate)
     generate.add_argument(
-        "--model", default="tiny", metavar="NAME|DIR", help="tiny (bundled) or a model directory (default: tiny)"
+        "--model",
+        default="tiny",
+        metavar="NAME|DIR",
+        help="tiny or its tiny_teacher (bundled), or a model directory (default: tiny)",
     )
     generate.add_argument(
         "--steps", type=whole(1, 1000), default=4, metavar="N", help="sampling steps per clip (default: 4; teacher: try 50)"
@@ -177,7 +180,9 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=recipes, default="tiny", help="size of the networks (default: tiny)")
     parser.add_argument("--method", choices=methods, default="fvgen", help="see below (default: fvgen)")
     parser.add_argument("--output", required=True, metavar="RUN", help="folder of the run; one that is there is continued")
-    parser.add_argument("--teacher", default="tiny", metavar="NAME|DIR", help="tiny or a model directory (default: tiny)")
+    parser.add_argument(
+        "--teacher", default="tiny_teacher", metavar="NAME|DIR", help="a model directory, or the bundled tiny_teacher (default)"
+    )
     parser.add_argument(
         "--data",
         default="synthetic",

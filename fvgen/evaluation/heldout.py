@@ -35,7 +35,6 @@ RECORDS = {
     "tiny_psnr_generated": "generated",
     "tiny_psnr_fast": "fast",
     "tiny_psnr_render": "render",
-    "tiny_psnr_teacher50": "teacher50",
     "tiny_vae_psnr": "vae",
 }
 
@@ -47,6 +46,7 @@ def held_out_scores(
     seed: int = 0,
     guidance: float | None = None,
     ddim_steps: Sequence[int] = (4, 50),
+    teacher: ModelBundle | None = None,
 ) -> dict[str, float]:
     """Scores on held-out synthetic clips, dB, over the frames between the two photos.
 
@@ -57,6 +57,7 @@ def held_out_scores(
         seed: of the sampling noise.
         guidance: guidance scale of the DDIM rows; None takes the model's own.
         ddim_steps: numbers of DDIM steps to score.
+        teacher: sampled in the DDIM rows, with the same VAE; None for the model itself.
 
     Returns:
         ``render``, ``generated`` (4 steps), ``fast`` (in fast mode), ``teacher{n}`` (n DDIM steps) and ``vae`` (encoding and
@@ -70,13 +71,14 @@ def held_out_scores(
     if clips < 1 or batch < 1 or bundle.index.frames < 3:
         raise UserError(f"scoring needs at least one clip of three frames, got {clips} of {bundle.index.frames}; ask for more")
     sampler, fast = ModelSampler(bundle, seed), ModelSampler(bundle, seed, fast=True)
+    slow = sampler if teacher is None else ModelSampler(teacher, seed)
     scale = bundle.index.guidance_scale if guidance is None else guidance
     values: dict[str, list[float]] = {}
     for pairs in _held_out_pairs(bundle, clips, batch, sampler.device):
         condition = sampler.condition(pairs.render, guidance=scale != 1.0)
         videos = {"render": pairs.render, "generated": sampler.decode(sampler.few_step(condition))}
         videos["fast"] = sampler.decode(fast.few_step(condition))
-        videos |= {f"teacher{n}": sampler.decode(sampler.ddim(condition, n, scale)) for n in ddim_steps}
+        videos |= {f"teacher{n}": sampler.decode(slow.ddim(condition, n, scale)) for n in ddim_steps}
         videos["vae"] = sampler.reconstruct(pairs.target)
         for name, video in videos.items():
             for key, psnr in clip_scores(name, video, pairs.target, pairs.coverage).items():
@@ -124,6 +126,7 @@ def table(scores: dict[str, float], rows: dict[str, str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir")
+    parser.add_argument("--teacher", help="model directory whose DDIM samples are scored (default: the model itself)")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -131,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     try:
-        scores = held_out_scores(ModelBundle.from_pretrained(options.model_dir, device), options.clips, options.batch)
+        bundle = ModelBundle.from_pretrained(options.model_dir, device)
+        teacher = ModelBundle.from_pretrained(options.teacher, device) if options.teacher else None
+        scores = held_out_scores(bundle, options.clips, options.batch, teacher=teacher)
     except UserError as error:
         parser.error(str(error))
     print(table(scores, ROWS))
@@ -140,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"come from the same generator. Points cover {100 * scores['coverage']:.0f} % of the pixels."
     )
     if options.json:
-        command = shlex.join(["python", "-m", "fvgen.evaluation.heldout", options.model_dir, "--clips", str(options.clips)])
+        words = ["python", "-m", "fvgen.evaluation.heldout", options.model_dir, "--clips", str(options.clips)]
+        command = shlex.join([*words, *(["--teacher", options.teacher] if options.teacher else [])])
         context = {"clips": options.clips, **provenance(command)}
         records = [{"name": name, "value": scores[key], "unit": "dB", **context} for name, key in RECORDS.items()]
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class Quality:
         psnr_covered, psnr_uncovered: likewise of the pixels with and without a point.
         psnr_error: standard error of ``psnr`` over the clips, dB.
         ssim: mean.
-        frechet: distance of all frames' features to those of the true frames.
+        frechet: distance of all frames' features to those of the true frames of the same clips.
         clips: how many.
     """
 
@@ -47,6 +47,7 @@ class _Clips:
     condition: Condition
     truth: Tensor  # uint8
     covered: Tensor
+    features: Tensor  # of the true frames
 
 
 class HeldOutSet:
@@ -66,7 +67,7 @@ class HeldOutSet:
         index = bundle.index
         if clips < 1 or batch < 1 or index.frames < 3:
             raise UserError(f"scoring needs at least one clip of three frames, got {clips} of {index.frames}; ask for more")
-        self._features, self._truth = features, Gaussian()
+        self._features = features
         self.codec = LatentCodec(bundle.vae)
         towers = bundle.image_encoder, bundle.image_projector
         self.conditioner = Conditioner(self.codec, *towers, bundle.prompt, bundle.empty, index.fps)
@@ -77,8 +78,8 @@ class HeldOutSet:
             pairs = synthetic_pairs(seeds, (index.height, index.width), index.frames, compile, index.compositor)
             condition = self.conditioner(pairs.render)
             truth = (pairs.target[:, 1:-1] * 255).round().byte()
-            self._sets.append(_Clips(condition, truth, pairs.coverage[:, 1:-1]))
-            self._truth.add(features(truth.flatten(0, 1).float() / 255))
+            found = features(truth.flatten(0, 1).float() / 255)
+            self._sets.append(_Clips(condition, truth, pairs.coverage[:, 1:-1], found))
 
     @torch.no_grad()
     def score(self, sample: Sample, clips: int | None = None) -> Quality:
@@ -86,7 +87,7 @@ class HeldOutSet:
 
         Args:
             sample: latents ``[B, C, T, h, w]`` of a condition; its second argument is a seed that differs from batch to batch.
-            clips: only so many of the first, in whole batches; the Fréchet distance is still to the frames of all.
+            clips: only so many of the first, in whole batches; the fewer, the larger the Fréchet distance comes out.
         """
         return self.score_frames(lambda condition, seed, _: self.codec.decode(sample(condition, seed)), clips)
 
@@ -95,7 +96,7 @@ class HeldOutSet:
         """Scores of whatever makes frames ``[B, T, 3, H, W]`` of a condition, a seed and the true inner frames (uint8)."""
         rows: dict[str, list[Tensor]] = {"whole": [], "covered": [], "uncovered": []}
         ssim: list[float] = []
-        gaussian = Gaussian()
+        made, true = Gaussian(), Gaussian()
         for number, found in enumerate(self._sets):
             if clips is not None and sum(map(len, rows["whole"])) >= clips:
                 break
@@ -104,7 +105,8 @@ class HeldOutSet:
             for name, mask in (("whole", None), ("covered", found.covered), ("uncovered", ~found.covered)):
                 rows[name].append(psnr(video, truth, mask).double().nanmean(1))
             ssim += [mean_ssim(a, b) for a, b in zip(video, truth, strict=True)]
-            gaussian.add(self._features(video.flatten(0, 1)))
+            made.add(self._features(video.flatten(0, 1)))
+            true.add(found.features)
         values = {name: torch.cat(parts) for name, parts in rows.items()}
         whole = values["whole"]
         return Quality(
@@ -113,6 +115,6 @@ class HeldOutSet:
             psnr_uncovered=float(values["uncovered"].nanmean()),
             psnr_error=float(whole.std() / len(whole) ** 0.5) if len(whole) > 1 else float("nan"),
             ssim=sum(ssim) / len(ssim),
-            frechet=frechet_distance(gaussian, self._truth),
+            frechet=frechet_distance(made, true),
             clips=len(whole),
         )

@@ -35,7 +35,8 @@ def test_seeds_of_several_folders_are_one_row(tmp_path: Path, capsys: pytest.Cap
     assert full["real_psnr"] == {"desk": pytest.approx(19.0)}
     assert full["stopped"] == ["too dark"]
     assert full["gpu"] == "one"
-    assert found["tiny_psnr_student4"]["value"] == full["value"]
+    assert found["tiny_psnr_student4"]["value"] == pytest.approx(20.0)  # the first seed's, which is bundled
+    assert found["tiny_psnr_student4"]["seeds"] == [0]
     assert "psnr_deviation" not in found["ablation_dmd2_psnr"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5  # heads, rule and three rows, the teacher once
