@@ -218,23 +218,23 @@ FORWARD = OpSpec(
             _kernel(
                 "statistics_kernel",
                 _STATISTICS,
-                {**_TILE, **form, "SKIP": False, "UNROLL": unroll, "ONCE": once},
+                {**_TILE, **form, "SKIP": False, "ROWS": rows, "UNROLL": unroll, "ONCE": once},
             )
-            for form, unroll, once in zip(_FORMS, (4, 1), (False, True), strict=True)
+            for form, rows, unroll, once in zip(_FORMS, (256, 64), (4, 1), (False, True), strict=True)
         ),
         *(
             _kernel(
                 "combine_kernel",
                 f"partial_ptr emb_ptr weight_ptr bias_ptr mean_ptr rstd_ptr affine_ptr eps {_SIZES} programs",
-                {"EMB": 2, "FOLD": True, "ROWS": 128, "BLOCK_P": p, "BLOCK_J": j},
+                {"EMB": 2, "FOLD": True, "ROWS": 256, "BLOCK_P": p, "BLOCK_J": j},
                 warps,
             )
-            for p, j, warps in ((32, 16, 4), (512, 16, 16), (8, 64, 4), (128, 64, 16))  # a frame's and a clip's blocks of rows
+            for p, j, warps in ((16, 16, 2), (256, 16, 16), (4, 64, 2), (64, 64, 16))  # a frame's and a clip's blocks of rows
         ),
         _kernel(
             "normalise_kernel",
             "x_ptr bias_ptr affine_ptr out_ptr rows channels programs",
-            {**_TILE, "ROWS": 64, "SILU": True, "FOLD": True, "ONCE": True},
+            {**_TILE, "ROWS": 32, "BLOCK_R": 32, "SILU": True, "FOLD": True, "ONCE": True},
         ),
         *(
             _kernel(
@@ -269,7 +269,7 @@ BACKWARD = OpSpec(
             _kernel_backward(
                 "sums_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} partial_ptr {_SIZES} programs",
-                {**_TILE, **form, "EMB_SUMS": True, "SILU": True, "UNROLL": 2},
+                {**_TILE, **form, "ROWS": 256, "EMB_SUMS": True, "SILU": True, "UNROLL": 2},
             )
             for form in _FORMS_BACKWARD
         ),
@@ -286,7 +286,7 @@ BACKWARD = OpSpec(
             _kernel_backward(
                 "gradient_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} means_ptr out_ptr {_SIZES} programs",
-                {**_TILE, **form, "SILU": True, "ROWS": 64, "BLOCK_R": 32, "ONCE": True},
+                {**_TILE, **form, "SILU": True, "BLOCK_R": 32, "ONCE": True},
             )
             for form in _FORMS_BACKWARD
         ),
@@ -351,7 +351,7 @@ SKIP = OpSpec(
         _kernel(
             "statistics_kernel",
             _STATISTICS,
-            {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "EMB": emb, "UNROLL": 1, "ONCE": True},
+            {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "ROWS": 64, "EMB": emb, "UNROLL": 1, "ONCE": True},
         )
         for residual, emb in ((True, 0), (False, 1))
     ),

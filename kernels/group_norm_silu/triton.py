@@ -50,10 +50,10 @@ class Joining(NamedTuple):
 
 
 BLOCK_C = 64  # whole lines of the cache in half precision
-STATISTICS = Blocks(rows=128, tile=16, warps=4, unroll=4)  # benchmarks/tune_norms.py tries others of these
-SUMMED = Blocks(rows=128, tile=16, warps=4, once=True)  # where the sum is written on the way
+STATISTICS = Blocks(rows=256, tile=16, warps=4, unroll=4)  # these were measured with benchmarks/tune_norms.py
+SUMMED = Blocks(rows=64, tile=16, warps=4, once=True)  # where the sum is written on the way
 JOINED = Joining(elements=8192, each=4)
-NORMALISED = Blocks(rows=64, tile=16, warps=4, once=True)
+NORMALISED = Blocks(rows=32, tile=32, warps=4, once=True)
 PROGRAMS = 1024  # as many as keep a large GPU busy: beyond, a program takes more rows, and fewer statistics are to be joined
 
 

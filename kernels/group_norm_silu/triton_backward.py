@@ -14,8 +14,8 @@ from fvgen.kernels._triton_sums import column_sums
 from fvgen.kernels.group_norm_silu.reference import is_small
 from fvgen.kernels.group_norm_silu.triton import BLOCK_C, Blocks, emb_rows, embedding, place
 
-SUMS = Blocks(rows=128, tile=16, warps=4, unroll=2)  # both measured with benchmarks/tune_norms.py
-GRADIENT = Blocks(rows=64, tile=32, warps=4, once=True)
+SUMS = Blocks(rows=256, tile=16, warps=4, unroll=2)  # both measured with benchmarks/tune_norms.py
+GRADIENT = Blocks(rows=128, tile=32, warps=4, once=True)
 COMBINED = 2048  # elements of the partial sums joined at a time
 
 
