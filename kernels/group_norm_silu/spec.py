@@ -341,8 +341,14 @@ SKIP = OpSpec(
         Case("empty", partial(_beside, shape=(0, 5, 4), further=4, groups=2)),
     ),
     benchmarks=tuple(
-        Case(f"16x320x512_{own}_{further}", partial(_beside, shape=(16, rows, own), further=further, groups=32))
-        for rows, own, further in ((2560, 640, 320), (2560, 320, 320), (640, 640, 640), (160, 1280, 1280), (40, 1280, 1280))
+        Case(f"16x320x512_{name}", partial(_beside, shape=(16, rows, own), further=further, groups=32))
+        for name, rows, own, further in (
+            ("640_320", 2560, 640, 320),
+            ("320_320", 2560, 320, 320),
+            ("640_640", 640, 640, 640),
+            ("1280_1280", 160, 1280, 1280),
+            ("1280_1280_innermost", 40, 1280, 1280),
+        )
     ),
     tolerance=Tolerance(forward=1e-5),
     cost=_skip_cost,
