@@ -11,7 +11,7 @@ Record = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # apart for colour-blind eyes
 MARKERS = "osD^vP*X"
 STAGES = {"render": 2, "vae_encode": 0, "image_tower": 5, "encode": 0, "noise": 6, "vae_decode": 3}  # -> colour; steps have 1
-ASIDE = ("load", "first call", "fast clip", "teacher clip", "unet_forward", None)  # no stages of a clip
+ASIDE = ("load", "first call", "fast clip", "teacher clip", "clip, offloaded", "unet_forward", None)  # no stages of a clip
 
 
 def draw(records: Sequence[Record], folder: Path) -> dict[str, str]:
@@ -51,10 +51,10 @@ def _pyplot() -> Any:
 
 
 def clips_of(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, Record]]:
-    """(model, batch) -> stage -> record of the sampler, without loading, first clip, network alone and teacher."""
+    """(model, batch) -> stage -> record of a time of the sampler, without loading, first clip, network alone and teacher."""
     clips: dict[tuple[str, int], dict[str, Record]] = {}
     for r in records:
-        if r.get("suite") == "sampler" and r.get("stage") not in ASIDE:
+        if r.get("suite") == "sampler" and r.get("stage") not in ASIDE and "median_ms" in r:
             clips.setdefault((r["model"], r["batch"]), {})[r["stage"]] = r
     return clips
 

@@ -163,7 +163,8 @@ def _sampler(rows: Sequence[Record]) -> list[str]:
     """Stages and whole clips; throughput and other figures of whole clips below."""
     head = ["model", "weights", "sampler", "batch", "stage", "ms", "10 to 90 %"]
     head += ["peak memory, GB", "graph, GB", "clips/s", "J per clip"]
-    timed, others = [r for r in rows if r.get("stage")], [r for r in rows if not r.get("stage")]
+    timed = [r for r in rows if r.get("stage") and ("median_ms" in r or "median_s" in r)]
+    others = [r for r in rows if r not in timed]
 
     def gigabytes(size: int | None) -> str:
         return "–" if size is None else f"{size / 1e9:.2f}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fvgen.bench.plots import sweep
+from fvgen.bench.plots import clips_of, sweep
 from fvgen.bench.report import report_text, write_report
 from fvgen.utils.errors import UserError
 from tests.bench.conftest import ORIGIN, timed
@@ -71,6 +71,18 @@ def records() -> list[dict]:
             memory = {"graph_memory_bytes": 3_210_000_000} if stage == "clip" else {}
             found.append(timed(f"{stage}_tiny_b{batch}_ms", ms * batch, **CLIP, batch=batch, stage=stage, steps=2, **memory))
         found.append({"name": f"clips_per_s_tiny_b{batch}", **CLIP, "batch": batch, "value": 38.5, "unit": "clips/s", **ORIGIN})
+        found.append(
+            {
+                "name": f"clip_tiny_b{batch}_peak_gb",
+                **CLIP,
+                "batch": batch,
+                "stage": "clip",
+                "value": 18.1,
+                "unit": "GB",
+                **ORIGIN,
+            }
+        )
+    found.append(timed("clip_tiny_offload_ms", 70.0, **CLIP, batch=1, stage="clip, offloaded"))
     seconds = {"median_s": 1.5, "p10_s": 1.25, "p90_s": 1.75, "unit": "s"}
     return [*found, {"name": "teacher50_tiny_s", **CLIP, "batch": 1, "stage": "teacher clip", "steps": 50, **seconds, **ORIGIN}]
 
@@ -91,12 +103,26 @@ def test_report_with_pictures(records, tmp_path):
     assert all(f"]({name})" in text for name in pictures)
     for words in ("NVIDIA H200", "abc123", "power cap", "1755 to 1980 MHz", "0.15 (1.50 x)", "0.05 (0.50 x)", "94.4"):
         assert words in text, words
-    for row in ("| teacher clip, 50 steps | 1500 | 1250 to 1750 |", "| 3.21 |", "| `clips_per_s_tiny_b4` | 38.5 | clips/s |"):
+    for row in (
+        "| teacher clip, 50 steps | 1500 | 1250 to 1750 |",
+        "| 3.21 |",
+        "| `clips_per_s_tiny_b4` | 38.5 | clips/s |",
+        "| `clip_tiny_b1_peak_gb` | 18.1 | GB |",
+    ):
         assert row in text, row
     assert "- `kernel_bad_ms`: RuntimeError: no fast path" in text
     assert "failed (Unsupported)" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(row.endswith("|") for row in rows)
+
+
+def test_a_clip_is_made_of_its_stages(records):
+    clips = clips_of(records)
+    assert set(clips) == {("tiny", 1), ("tiny", 4)}
+    for (_, batch), stages in clips.items():
+        assert {s: r["median_ms"] for s, r in stages.items()} == {
+            s: ms * batch for s, ms in STAGES.items() if s != "unet_forward"
+        }
 
 
 def test_only_what_was_measured_is_drawn(records, tmp_path):
