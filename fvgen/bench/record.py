@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fvgen.io.durable import write_json_durably
 from fvgen.utils.errors import UserError
 
 Record = dict[str, Any]
@@ -38,9 +39,7 @@ def write_records(path: str | os.PathLike[str], records: list[Record]) -> None:
     """Writes a result file, which is there as a whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(records, indent=1) + "\n")
-    os.replace(part, path)
+    write_json_durably(path, records)
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{options.result}: {error}", file=sys.stderr)
         return 2
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new, indent=1) + "\n")
+    write_json_durably(path, new)
     for record in records:
         if record.get("failed"):
             print(f"{record['name']}: not measured ({record['failed']})")

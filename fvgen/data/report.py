@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fvgen.data.shards import PREVIEW, read_previews
 from fvgen.io.contact_sheet import draw_contact_sheet
-from fvgen.io.durable import write_durably
+from fvgen.io.durable import write_durably, write_json_durably
 
 if TYPE_CHECKING:
     from fvgen.data.prepare import Plan
@@ -48,7 +47,7 @@ def write_report(output: Path, plan: Plan, records: Sequence[dict[str, Any]]) ->
         "rejected_clips": rejected,
         "written_clips": kept,
     }
-    write_durably(output / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_json_durably(output / "report.json", report)
     write_durably(output / "report.md", _markdown(report).encode())
     if kept:
         write_durably(output / "contact_sheet.png", _sheet(output, records))

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fvgen.distill.parallel import Parallel, put, whole
+from fvgen.io.durable import flush, is_partial, write_durably
 from fvgen.utils.errors import UserError
 
 LATEST, STATE = "latest", "state.json"
@@ -59,12 +60,12 @@ def save(
     if parallel.main:
         (part / STATE).write_text(json.dumps(state, indent=1) + "\n")
         for path in [*part.iterdir(), part]:
-            _flush(path)
+            flush(path)
         if (root / name).exists():  # of a run that was killed before it pointed there
             _remove(root / name)
         os.rename(part, root / name)
-        _flush(root)
-        _replace(root / LATEST, f"{name}\n")
+        flush(root)
+        write_durably(root / LATEST, f"{name}\n".encode())
         for old in _complete(root)[:-keep]:
             if old.name != name:
                 _remove(old)
@@ -130,7 +131,7 @@ def clean_up(root: Path) -> None:
     """Removes what killed processes left half written or half removed."""
     if root.is_dir():
         for path in root.iterdir():
-            if path.name.startswith((_PART, _OLD)):
+            if path.name.startswith((_PART, _OLD)) or is_partial(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -144,19 +145,3 @@ def _remove(path: Path) -> None:
     old = path.with_name(f"{_OLD}{path.name}")
     os.rename(path, old)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f"{_PART}{path.name}")
-    part.write_text(text)
-    _flush(part)
-    os.replace(part, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

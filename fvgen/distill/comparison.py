@@ -22,7 +22,7 @@ RUNS: dict[str, Callable[[Process], tuple[Method, ...]]] = {
 }
 
 
-def stage_iterations(name: str, iterations: tuple[int, int]) -> tuple[int, ...]:
+def stage_iterations(name: str, iterations: tuple[int, ...]) -> tuple[int, ...]:
     """Student updates of each of a run's methods, of those of the full method's two stages; DMD2 does both stages at once."""
     first, second = iterations
     return {"stage_one_only": (first,), "no_stage_one": (second,), "dmd2": (first + second,)}.get(name, (first, second))

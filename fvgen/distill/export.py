@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from fvgen.distill import checkpoint
+from fvgen.io.durable import write_json_durably
 from fvgen.models.bundle import ModelBundle
 
 
@@ -40,7 +39,5 @@ def export_student(
     bundle.save_pretrained(output, dtype)
     names = ("stage", "iteration", "samples")
     origin = {"checkpoint": found.name, "average": average, **{k: state[k] for k in names}, "run": state["run"]}
-    part = output / ".distillation.json.part"
-    part.write_text(json.dumps(origin, indent=1) + "\n")
-    os.replace(part, output / "distillation.json")
+    write_json_durably(output / "distillation.json", origin)
     return origin

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from fvgen.distill.calibration import calibration, calibration_table, weight_his
 from fvgen.distill.guards import Record
 from fvgen.distill.networks import derived_seed
 from fvgen.distill.parallel import Parallel
+from fvgen.io.durable import write_durably
 
 LOSSES = "losses.jsonl"  # one line per update; depends on the seed alone, so that two runs can be compared bit for bit
 PROGRESS = "progress.jsonl"  # what depends on the machine, and the histograms
@@ -68,9 +68,7 @@ def keep_before(path: Path, stage: int, update: int) -> None:
         if (record["stage"], record["step"]) >= (stage, update):
             break
         kept.append(f"{line}\n")
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
+    write_durably(path, "".join(kept).encode())
 
 
 class RunLog:

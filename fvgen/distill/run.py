@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from fvgen.distill.trainer import Trainer
 from fvgen.distill.trajectories import Integration, TrajectorySource
 from fvgen.distill.validation import Validation
 from fvgen.distill.weight_mean import WeightMean
+from fvgen.io.durable import write_json_durably
 from fvgen.models.bundle import ModelBundle
 from fvgen.utils.errors import UserError
 
@@ -134,7 +134,7 @@ def distill(
             gc.collect()  # networks, hooks and graphs of a stage go before the next one's are built
     except TrainingStopped as stopped:
         if parallel.main:
-            _write_json(output / STOPPED, {"reason": str(stopped), "checkpoint": str(checkpoint.latest(root))})
+            write_json_durably(output / STOPPED, {"reason": str(stopped), "checkpoint": str(checkpoint.latest(root))})
         raise
     finally:
         log.close()
@@ -312,12 +312,6 @@ def claim(output: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{output} holds something else and will not be overwritten; choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(output / RECORD, record)
+        write_json_durably(output / RECORD, record)
     except OSError as error:
         raise UserError(f"cannot write into {output} ({error.strerror}); choose another --output") from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.diffusion.timesteps import make_timesteps
 from fvgen.distill.data import Source
 from fvgen.distill.networks import Batch, derived_seed
+from fvgen.io.durable import durable_file
 from fvgen.types import Condition
 from fvgen.utils.errors import UserError
 
@@ -128,6 +128,5 @@ class TrajectorySource:
         states, clean = (x.half().cpu() for x in found)
         for row, index in enumerate(indices):
             file = self._file(index)
-            part = file.with_name(f".{file.name}.{os.getpid()}.part")
-            save_file({"states": states[row].contiguous(), "clean": clean[row].contiguous()}, part)
-            os.replace(part, file)
+            with durable_file(file) as part:
+                save_file({"states": states[row].contiguous(), "clean": clean[row].contiguous()}, part)

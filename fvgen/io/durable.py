@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-import tempfile
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fvgen.utils.errors import UserError
 
@@ -14,50 +18,65 @@ STALE_S = 3600
 _MARK = ".partial-"
 
 
-def write_durably(path: Path, data: bytes, keep: bool = False) -> None:
-    """Writes beside the place, to the disk, then renames; several processes may do so at once.
+@contextmanager
+def durable_file(path: Path, keep: bool = False) -> Iterator[Path]:
+    """Yields a name beside the place; what the block writes there goes to the disk and is renamed.
+
+    Several processes may do so at once. If the block fails, its file is removed and an earlier one stays.
 
     Args:
         path: in an existing folder; is replaced.
-        data: its content.
         keep: an earlier file stays instead: of several writers the first one wins.
 
     Raises:
         UserError: the disk is full.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}{_MARK}", dir=path.parent)
+    part = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(6)}")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        _link(name, path) if keep else os.replace(name, path)
+        yield part
+        flush(part)
+        _link(part, path) if keep else os.replace(part, path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: writing {path} failed; free some space and run the same command again") from None
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)  # the new name, too
+
+
+def write_durably(path: Path, data: bytes, keep: bool = False) -> None:
+    """Makes ``data`` the content of a file, see :func:`durable_file`."""
+    with durable_file(path, keep) as part:
+        part.write_bytes(data)
+
+
+def write_json_durably(path: Path, value: Any, indent: int = 1) -> None:
+    """Makes ``value`` as JSON the content of a file, see :func:`durable_file`."""
+    write_durably(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def flush(path: Path) -> None:
+    """Returns when the content of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
-def _link(name: str, path: Path) -> None:
+def _link(part: Path, path: Path) -> None:
     try:
-        os.link(name, path)
+        os.link(part, path)
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links
         if not path.exists():
-            os.replace(name, path)
-    Path(name).unlink(missing_ok=True)
+            os.replace(part, path)
+    part.unlink(missing_ok=True)
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a file is in work in :func:`write_durably`, or was left by a process that died there."""
+    """Whether a file is in work in :func:`durable_file`, or was left by a process that died there."""
     return path.name.startswith(".") and _MARK in path.name
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fvgen.io.durable import durable_file, remove_stale
 from fvgen.utils.errors import UserError
 
 
@@ -17,10 +17,10 @@ def save_state(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -
     """Replaces ``path`` in one step, so that an interruption leaves the previous state; ``values`` must be plain JSON."""
     from safetensors.torch import save_file
 
-    part = path.with_name(f".{path.name}.part")
+    remove_stale(path.parent)
     stored = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(stored, part, metadata={"values": json.dumps(values)})
-    os.replace(part, path)
+    with durable_file(path) as part:
+        save_file(stored, part, metadata={"values": json.dumps(values)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

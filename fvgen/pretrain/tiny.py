@@ -16,6 +16,7 @@ from torch import nn
 
 from fvgen.evaluation.heldout import held_out_scores
 from fvgen.evaluation.provenance import provenance
+from fvgen.io.durable import write_json_durably
 from fvgen.models.bundle import ModelBundle
 from fvgen.models.spec import ModelSpec
 from fvgen.pretrain.common import plot_curves
@@ -131,8 +132,8 @@ def train_model(
     where = provenance(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     runs = {log.stem: _length(log) for log in logs}
     record = {"settings": settings, "runs": runs, "parameters": bundle.parameter_counts(), **where}
-    _write_json(output / RECORD_FILE, record)
-    _write_json(output / SCORES_FILE, {"clips": score_clips, "psnr_db": scores, **where})
+    write_json_durably(output / RECORD_FILE, record, indent=2)
+    write_json_durably(output / SCORES_FILE, {"clips": score_clips, "psnr_db": scores, **where}, indent=2)
     return scores
 
 
@@ -152,7 +153,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{output} holds something else and will not be overwritten; choose another output directory")
     else:
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(record, {"settings": settings})
+        write_json_durably(record, {"settings": settings}, indent=2)
 
 
 def _load_vae(directory: Path, spec: ModelSpec) -> nn.Module:
@@ -177,9 +178,3 @@ def _length(log: Path) -> dict[str, float]:
     """Steps done and minutes taken, from the last line of a log."""
     last = json.loads(log.read_text().splitlines()[-1])
     return {"steps": last["step"], "minutes": round(last["seconds"] / 60, 2)}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)

@@ -156,9 +156,9 @@ def killed_while_writing(event: int, folder: Path) -> None:
         return call
 
     safetensors.torch.save_file = mortal(safetensors.torch.save_file, half=True)
-    checkpoint._flush = mortal(checkpoint._flush)
-    checkpoint.os.rename = mortal(os.rename)
-    checkpoint.os.replace = mortal(os.replace)
+    os.fsync = mortal(os.fsync)
+    os.rename = mortal(os.rename)
+    os.replace = mortal(os.replace)
     train(folder)
 
 

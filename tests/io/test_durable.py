@@ -1,0 +1,61 @@
+"""Files that are there whole or not at all; deaths and full disks are in tests/data/test_shards.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fvgen.io.durable import durable_file, is_partial, write_durably, write_json_durably
+
+
+def test_a_block_that_fails_keeps_the_earlier_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with durable_file(path) as part:
+            part.write_bytes(b"half")
+            assert is_partial(part)
+            assert path.read_bytes() == b"old"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_what_the_block_wrote_takes_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with durable_file(path) as first, durable_file(path) as second:  # two writers at once
+        assert first != second
+        for part in (first, second):
+            part.write_bytes(part.name.encode())
+    assert path.read_text() == first.name
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), durable_file(tmp_path / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_any_new_file(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_durably(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_json(tmp_path: Path) -> None:
+    write_json_durably(tmp_path / "file", {"a": [1, None], "é": "ü"}, indent=2)
+    text = (tmp_path / "file").read_text()
+    assert json.loads(text) == {"a": [1, None], "é": "ü"}
+    assert text.startswith('{\n  "a"')
+    assert text.endswith("}\n")
