@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, even if the machine dies."""
+"""Files that are there whole or not at all, even if the machine dies; folders, if the process does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,28 @@ def write_json_durably(path: Path, value: Any, indent: int = 1) -> None:
     write_durably(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a place for a folder that becomes ``path`` at the end of the block; if that fails, an earlier one stays.
+
+    Args:
+        path: in an existing folder; a file or folder there is replaced.
+    """
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
+    new, old = work / "new", work / "old"
+    try:
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def flush(path: Path) -> None:
     """Returns when the content of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -83,5 +107,5 @@ def is_partial(path: Path) -> bool:
 def remove_stale(folder: Path) -> None:
     """Removes what dead processes have left: partial files that nobody has touched for ``STALE_S`` seconds."""
     for path in folder.iterdir():
-        if is_partial(path) and time.time() - path.stat().st_mtime > STALE_S:
+        if is_partial(path) and path.is_file() and time.time() - path.stat().st_mtime > STALE_S:
             path.unlink(missing_ok=True)

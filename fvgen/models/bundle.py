@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fvgen.io.durable import whole_folder
 from fvgen.utils.errors import UserError
 
 from . import difference
@@ -132,14 +131,8 @@ class ModelBundle:
         if root.exists() and not (root / INDEX_FILE).is_file() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(f"{root} is not a model directory and will not be overwritten; choose another place")
         root.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-        try:
-            self._write(work / "new", dtype)
-            if root.exists():
-                os.replace(root, work / "old")
-            os.replace(work / "new", root)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with whole_folder(root) as new:
+            self._write(new, dtype)
 
     def _write(self, root: Path, dtype: torch.dtype | None) -> None:
         for name in COMPONENTS:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fvgen.io.durable import whole_folder
 from fvgen.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,15 +52,11 @@ def save_difference(model: ModelBundle, base: ModelBundle, base_directory: str, 
         tensors[name] = (difference / scale if scale > 0 else difference).round().to(torch.int8)
         scales.append(scale)
     root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
-        (work / "new").mkdir()
-        save_file({**tensors, _SCALES: torch.stack(scales)}, work / "new" / FILE)
+    with whole_folder(root) as new:
+        new.mkdir()
+        save_file({**tensors, _SCALES: torch.stack(scales)}, new / FILE)
         index = {"kind": "fvgen", **model.index.to_dict(), BASE: base_directory}
-        (work / "new" / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        os.replace(work / "new", root)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def base_directory(root: Path) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from fvgen.io.durable import durable_file, is_partial, write_durably, write_json_durably
+from fvgen.io.durable import STALE_S, durable_file, is_partial, remove_stale, whole_folder, write_durably, write_json_durably
 
 
 def test_a_block_that_fails_keeps_the_earlier_file(tmp_path: Path) -> None:
@@ -59,3 +60,46 @@ def test_json(tmp_path: Path) -> None:
     assert json.loads(text) == {"a": [1, None], "é": "ü"}
     assert text.startswith('{\n  "a"')
     assert text.endswith("}\n")
+
+
+def test_a_folder_replaces_another(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with whole_folder(tmp_path / "set") as new:
+            new.mkdir()
+            (new / "file").write_text(content)
+        assert [p.name for p in tmp_path.iterdir()] == ["set"]
+        assert (tmp_path / "set" / "file").read_text() == content
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_folder_stays_where_its_successor_fails(renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "set"
+    path.mkdir()
+    (path / "file").write_text("old")
+    really, done = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        done.append(target)
+        if len(done) == renames + 1:
+            raise KeyboardInterrupt
+        really(source, target)
+
+    def write() -> None:
+        with whole_folder(path) as new:
+            new.mkdir()
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (path / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_stale_files_go_and_folders_stay(tmp_path: Path) -> None:
+    file, folder = tmp_path / ".file.partial-1", tmp_path / ".set.partial-1"
+    file.write_bytes(b"x")
+    folder.mkdir()
+    for path in (file, folder):
+        os.utime(path, (time.time() - STALE_S - 60,) * 2)
+    remove_stale(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
