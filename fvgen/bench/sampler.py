@@ -79,7 +79,7 @@ def measure_sampler(
                 timing = time_calls(call, device, rounds)
             where = {"batch": batches[0], "stage": stage}
             yield {"name": f"{stage}_{named(model, batches[0])}_ms", **shared, **where, "unit": "ms", **timing.fields()}
-    del stages
+    del stages, call  # the last call would keep the runner in memory to the end
     for batch in batches:
         say(f"{model.name}, batch {batch}, whole clips")
         runner.release()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,23 @@ def test_speedup_of_known_times(sleeper):
 def tiny():
     model = stored_model("tiny", find_model("tiny"))
     return model, model.load("cpu")
+
+
+def test_nothing_is_left_on_the_gpu_when_clips_are_offloaded(tiny, monkeypatch):
+    alive = []
+
+    class Watched(ModelRunner):
+        def __init__(self, bundle):
+            super().__init__(bundle)
+            alive.append(weakref.ref(self))
+
+    def offloaded(*_):
+        assert [runner() for runner in alive] == [None]
+        yield {"name": "offloaded"}
+
+    monkeypatch.setattr("fvgen.bench.sampler.measure_offload", offloaded)
+    *_, last = measure_sampler(tiny[0], "cpu", [1], 1, 0, quick=True, runners=Runners(Watched, TeacherRunner), offload=True)
+    assert last == {"name": "offloaded"}
 
 
 def test_offloaded_clips():
