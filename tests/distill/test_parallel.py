@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fvgen.distill import checkpoint
+from fvgen.distill import parallel as parallel_module
 from fvgen.distill.logs import LOSSES
 from fvgen.distill.parallel import Parallel
 from fvgen.distill.settings import Cadence
@@ -48,6 +50,26 @@ def compare(folder: Path, single: Path) -> None:
 def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Path) -> None:
     assert on_ranks(2, train, tmp_path, **RUN, layout=layout, iterations=3) == [0, 0]
     compare(tmp_path, single)
+
+
+def average_some_gradients() -> None:
+    """Gradients of many sizes in small messages; the mean over ranks 0 and 1 of ``g (1 + rank)`` is 1.5 g."""
+    parallel_module._BUCKET = 10
+    parallel = Parallel.start("cpu")
+    sizes = [(3,), (2, 4), (25,), (1,), (), (5, 2), (4,), (0,), (7,)]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    expected = [torch.arange(p.numel(), dtype=torch.float32).view_as(p) - 3 for p in parameters]
+    for p, e in zip(parameters, expected, strict=True):
+        p.grad = e * (1 + parallel.rank)
+    parallel.average_gradients([*parameters, nn.Parameter(torch.zeros(2))])  # the last has none
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, 1.5 * e, rtol=0, atol=0)
+    assert parallel.mean(torch.tensor([2.0 + parallel.rank])).item() == 2.5
+    parallel.stop()
+
+
+def test_gradients_travel_in_several_messages() -> None:
+    assert on_ranks(2, average_some_gradients) == [0, 0]
 
 
 def test_a_checkpoint_moves_between_layouts(single: Path, tmp_path: Path) -> None:
