@@ -97,11 +97,19 @@ class UNetEngine:
         return self.with_lower(x, shifts, keys)[0]
 
     @torch.inference_mode()
-    def with_lower(self, x: Tensor, shifts: Shifts, keys: Keys, lower: Pending | None = None) -> tuple[Tensor, Pending | None]:
+    def with_lower(
+        self, x: Tensor, shifts: Shifts, keys: Keys, lower: Pending | None = None, left_out: int = 0
+    ) -> tuple[Tensor, Pending | None]:
         """``v`` and what the lower resolutions hand back to the highest one, None where there is only one.
 
         Given the latter from an earlier call, they are left out, about half of the work: from one step to the next these features
         change least (DeepCache, arXiv 2312.00858).
+
+        Args:
+            x, shifts, keys: as of :meth:`__call__`.
+            lower: from an earlier call with the same ``left_out``.
+            left_out: so many layers on the way up of the highest resolution, and those on the way down whose results only they
+                take, belong to what is left out too.
         """
         batch, _, frames, height, width = x.shape
         grid = Grid(batch, frames, height, width)
@@ -109,21 +117,21 @@ class UNetEngine:
         h = Pending(self._conv_in(rows, height, width))
         if self._temporal_in is not None:
             h = self._temporal_in(h, grid)
-        h, lower = self._level(0, h, _Given(shifts, keys), grid, lower)
+        h, lower = self._level(0, h, _Given(shifts, keys), grid, lower, left_out)
         out, _ = self._norm_out(h, batch * frames)
         v = self._conv_out(out, height, width)[..., : self._unet.config.out_channels]
         return v.float().unflatten(1, (height, width)).unflatten(0, (batch, frames)).permute(0, 4, 1, 2, 3), lower
 
     def _level(
-        self, level: int, h: Pending, given: _Given, grid: Grid, lower: Pending | None = None
+        self, level: int, h: Pending, given: _Given, grid: Grid, lower: Pending | None = None, left_out: int = 0
     ) -> tuple[Pending, Pending | None]:
-        """A resolution on the way down, all below it (unless ``lower`` is given), and the same resolution on the way up."""
+        """A resolution on the way down, all below it, and the same resolution on the way up; the rest of it given ``lower``."""
         skips: list[Tensor] = []
-        for layer in self._down[level]:
+        down, up = self._down[level], self._up[len(self._down) - 1 - level]
+        for layer in down[: len(down) - left_out] if lower is not None else down:
             h, total = self._run(layer, h, given, grid)
             skips.append(total)
-        deepest = len(self._down) - 1
-        if level == deepest:
+        if level == len(self._down) - 1:
             h, total = self._run(self._mid, h, given, grid)
             skips.append(total)
             h, _ = self._mid_out.res(h, given.shifts[self._mid_out.shift], grid)
@@ -132,9 +140,12 @@ class UNetEngine:
             if lower is None:
                 below, smaller = self._leave_down[level](skips[-1], grid)
                 below, _ = self._level(level + 1, below, given, smaller)
-                lower, _ = self._leave_up[level](below.total(), smaller)
-            h = lower
-        for layer in self._up[deepest - level]:
+                h, _ = self._leave_up[level](below.total(), smaller)
+                for layer in up[:left_out]:
+                    h, _ = self._run(layer, h, given, grid, skips.pop())
+                lower = h
+            h, up = lower, up[left_out:]
+        for layer in up:
             h, _ = self._run(layer, h, given, grid, skips.pop())
         return h, lower
 
