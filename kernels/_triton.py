@@ -77,6 +77,7 @@ class TritonKernel:
         signature: argument name -> Triton type such as ``"*bf16"``, ``"i32"``; constants: the constexpr arguments.
         warps: per program; stages: of the software pipeline, None for Triton's default.
         least: the oldest architecture that has what the kernel uses; it is compiled for this one instead of an older one.
+        multiples: integer arguments that are multiples of 16, which Triton finds out at a launch; the others are odd.
     """
 
     module: str
@@ -86,6 +87,7 @@ class TritonKernel:
     warps: int = 4
     stages: int | None = None
     least: int = 80
+    multiples: tuple[str, ...] = ()
 
     def compile(self, capability: int) -> Any:
         """The compiled kernel for ``sm_<capability>``; needs Triton, but no GPU."""
@@ -96,13 +98,20 @@ class TritonKernel:
         function = getattr(importlib.import_module(f"fvgen.kernels.{self.module}"), self.name)
         signature = {**self.signature, **dict.fromkeys(self.constants, "constexpr")}
         # tensors begin at multiples of 16 bytes, as at a launch: otherwise every element would be loaded on its own
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(function.arg_names)
+            if signature[n].startswith("*") or (n in self.multiples and signature[n] != "constexpr")
+        }
         source = ASTSource(function, {n: signature[n] for n in function.arg_names}, self.constants, aligned)
         options = {"num_warps": self.warps, **({} if self.stages is None else {"num_stages": self.stages})}
         return triton.compile(source, target=GPUTarget("cuda", max(capability, self.least), 32), options=options)
 
 
-def column_sums_kernel(kind: str) -> TritonKernel:
+def column_sums_kernel(kind: str, third: bool = False) -> TritonKernel:
     """The sums at the end of a backward pass, for weights of this Triton type."""
-    signature = {"partial_ptr": "*fp32", "first_ptr": kind, "second_ptr": kind, "rows": "i32", "channels": "i32"}
-    return TritonKernel("_triton_sums", "column_sums_kernel", signature, {"BLOCK_R": 256, "BLOCK_C": 16}, warps=8)
+    outputs = dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), kind)
+    signature = {"partial_ptr": "*fp32", **outputs, "rows": "i32", "channels": "i32"}
+    return TritonKernel(
+        "_triton_sums", "column_sums_kernel", signature, {"THIRD": third, "BLOCK_R": 256, "BLOCK_C": 16}, warps=8
+    )

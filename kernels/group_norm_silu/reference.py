@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 ROWS = 128  # rows per block of the statistics that are handed over
-SMALL = 4096  # elements of one group (rows x channels, each rounded up to a power of two) that one program holds in registers
+SMALL = 16384  # elements of one group (rows x channels) that one program holds in registers
 
 
-def is_small(rows: int, width: int) -> bool:
-    """Whether one program normalises a whole group of ``rows`` x ``width`` channels."""
-    return (1 << (rows - 1).bit_length()) * (1 << (width - 1).bit_length()) <= SMALL
+def is_small(rows: int, width: int, most: int = SMALL) -> bool:
+    """Whether one program normalises a whole group of ``rows`` x ``width`` channels; half as many where a thread loads one or two."""
+    return rows * width <= (most if width % 4 == 0 else most // 2)
 
 
 def _added(x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:

@@ -157,8 +157,18 @@ _FORMS_BACKWARD = ({"HAS_RESIDUAL": False, "EMB": 2}, {"HAS_RESIDUAL": True, "EM
 _WIDTHS = (16, 64)  # 320 and 1280 channels in 32 groups: 10 and 40, rounded up to a power of two
 
 
-def _kernel(name: str, arguments: str, constants: dict, warps: int = 4, module: str = "triton") -> TritonKernel:
-    return TritonKernel(f"group_norm_silu.{module}", name, {n: _TYPES[n] for n in arguments.split()}, constants, warps)
+def _kernel(
+    name: str, arguments: str, constants: dict, warps: int = 4, module: str = "triton", multiples: tuple[str, ...] = ()
+) -> TritonKernel:
+    signature = {n: _TYPES[n] for n in arguments.split()}
+    return TritonKernel(f"group_norm_silu.{module}", name, signature, constants, warps, multiples=multiples)
+
+
+def _small(width: int, block: int, warps: int, skip: bool, **form: Any) -> TritonKernel:
+    """For groups of this width, all of whose elements fit into a block."""
+    arguments = f"{_AFFINE} residual_ptr skip_ptr total_ptr out_ptr eps rows own channels"
+    constants = {**form, "SKIP": skip, "SILU": True, "WIDTH": width, "BLOCK": block}
+    return _kernel("small_kernel", arguments, constants, warps, multiples=("own", "channels"))
 
 
 _kernel_backward = partial(_kernel, module="triton_backward")
@@ -237,14 +247,9 @@ FORWARD = OpSpec(
             {**_TILE, "ROWS": 32, "BLOCK_R": 32, "SILU": True, "FOLD": True, "ONCE": True},
         ),
         *(
-            _kernel(
-                "small_kernel",
-                f"{_AFFINE} residual_ptr total_ptr out_ptr eps {_SIZES}",
-                {**form, "SILU": True, "BLOCK_R": reference.SMALL // j, "BLOCK_J": j},
-                warps=8,
-            )
+            _small(width, block, warps, skip=False, **form)
             for form in _FORMS
-            for j in _WIDTHS
+            for width, block, warps in ((10, 8192, 16), (20, 16384, 16), (40, 2048, 4), (40, 8192, 16))
         ),
     ),
 )
@@ -293,14 +298,16 @@ BACKWARD = OpSpec(
         *(
             _kernel_backward(
                 "small_backward_kernel",
-                f"grad_ptr grad_total_ptr {_AFFINE} sums_ptr grad_emb_ptr out_ptr {_SIZES} samples",
-                {**form, "EMB_SUMS": True, "SILU": True, "BLOCK_R": reference.SMALL // j, "BLOCK_J": j},
+                f"grad_ptr grad_total_ptr {_AFFINE} sums_ptr grad_emb_ptr out_ptr rows channels samples",
+                {**form, "EMB_SUMS": True, "SILU": True, "WIDTH": width, "BLOCK_R": 4096 // j, "BLOCK_J": j},
                 warps=8,
+                multiples=("channels",),
             )
             for form in _FORMS_BACKWARD
-            for j in _WIDTHS
+            for width, j in ((10, 16), (40, 64))
         ),
         column_sums_kernel("*bf16"),
+        column_sums_kernel("*bf16", third=True),
     ),
 )
 
@@ -353,13 +360,16 @@ SKIP = OpSpec(
     tolerance=Tolerance(forward=1e-5),
     cost=_skip_cost,
     baselines={"eager": reference.group_norm_silu_skip, "library": _library_skip},
-    kernels=tuple(
-        _kernel(
-            "statistics_kernel",
-            _STATISTICS,
-            {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "ROWS": 64, "EMB": emb, "UNROLL": 1, "ONCE": True},
-        )
-        for residual, emb in ((True, 0), (False, 1))
+    kernels=(
+        *(
+            _kernel(
+                "statistics_kernel",
+                _STATISTICS,
+                {**_TILE, "HAS_RESIDUAL": residual, "SKIP": True, "ROWS": 64, "EMB": emb, "UNROLL": 1, "ONCE": True},
+            )
+            for residual, emb in ((True, 0), (False, 1))
+        ),
+        *(_small(80, block, warps, skip=True, HAS_RESIDUAL=True, EMB=0) for block, warps in ((4096, 8), (16384, 16))),
     ),
 )
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fvgen.kernels.group_norm_silu.reference import ROWS, beside, is_small
+from fvgen.kernels.group_norm_silu.reference import ROWS, SMALL, beside, is_small
 
 
 class Blocks(NamedTuple):
@@ -49,11 +49,29 @@ class Joining(NamedTuple):
         return {"BLOCK_P": block_p, "BLOCK_J": block_j, "num_warps": warps}
 
 
+class Single(NamedTuple):
+    """Of the pass that has a whole group in one program.
+
+    Attributes:
+        most: elements of a group that takes it.
+        each: of them for a thread, unless that takes more than 16 warps.
+    """
+
+    most: int
+    each: int
+
+    def tile(self, elements: int) -> dict[str, int]:
+        """Tile and warps for a group of this size."""
+        block = triton.next_power_of_2(elements)
+        return {"BLOCK": block, "num_warps": max(1, min(16, block // (32 * self.each)))}
+
+
 BLOCK_C = 64  # whole lines of the cache in half precision
 STATISTICS = Blocks(rows=256, tile=16, warps=4, unroll=4)  # these were measured with benchmarks/tune_norms.py
 SUMMED = Blocks(rows=64, tile=16, warps=4, once=True)  # where the sum is written on the way
 JOINED = Joining(elements=8192, each=4)
 NORMALISED = Blocks(rows=32, tile=32, warps=4, once=True)
+SINGLE = Single(most=SMALL, each=16)
 PROGRAMS = 1024  # as many as keep a large GPU busy: beyond, a program takes more rows, and fewer statistics are to be joined
 
 
@@ -239,32 +257,48 @@ def normalise_kernel(
 
 @triton.jit
 def small_kernel(
-    x_ptr, residual_ptr, emb_ptr, weight_ptr, bias_ptr, total_ptr, mean_ptr, rstd_ptr, out_ptr, eps, rows, channels, groups,
-    HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+    x_ptr, residual_ptr, skip_ptr, emb_ptr, weight_ptr, bias_ptr, total_ptr, mean_ptr, rstd_ptr, out_ptr, eps, rows, own, channels,
+    HAS_RESIDUAL: tl.constexpr, SKIP: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole group in registers."""
-    i_g = tl.program_id(0).to(tl.int64)
-    i_n = i_g // groups
-    width = channels // groups
-    o_r, o_j = tl.arange(0, BLOCK_R).to(tl.int64), tl.arange(0, BLOCK_J)
-    m_j = o_j < width
-    m_x = (o_r < rows)[:, None] & m_j[None, :]
-    o_c = (i_g % groups) * width + o_j
-    o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
-    size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
-    b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_x += embedding(emb_ptr, i_n, o_c, channels, m_j, EMB)[None, :]
+    """The whole group in registers, its rows of WIDTH channels one behind the other.
+
+    Everything is asked for before anything is waited for. A skip connection's channels follow the ``own`` ones of x.
+    """
+    i_g = tl.program_id(0)
+    groups = channels // WIDTH
+    i_n = (i_g // groups).to(tl.int64)
+    o_x = tl.arange(0, BLOCK)
+    m_x = o_x < rows * WIDTH
+    o_c = (i_g % groups) * WIDTH + o_x % WIDTH
+    o_r = i_n * rows + o_x // WIDTH
+    o_x = o_r * channels + o_c
+    if SKIP:
+        m_own = m_x & (o_c < own)
+        o_own = o_r * own + o_c
+        p_skip = skip_ptr + o_r * (channels - own) + (o_c - own)
+        b_skip = tl.load(p_skip, mask=m_x & (o_c >= own), other=0.0)
+    else:
+        m_own, o_own = m_x, o_x
+    b_x = tl.load(x_ptr + o_own, mask=m_own, other=0.0)
     if HAS_RESIDUAL:
-        b_x += tl.load(residual_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_r = tl.load(residual_ptr + o_own, mask=m_own, other=0.0)
+    b_emb = embedding(emb_ptr, i_n, o_c, own, m_own, EMB)
+    b_w = tl.load(weight_ptr + o_c, mask=m_x, other=0.0)
+    b_b = tl.load(bias_ptr + o_c, mask=m_x, other=0.0)
+    b_x = b_x.to(tl.float32) + b_emb
+    if HAS_RESIDUAL:
+        b_x += b_r.to(tl.float32)
+    if SKIP:
+        b_x += b_skip.to(tl.float32)
+    if HAS_RESIDUAL or SKIP:
         b_total = b_x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + o_x, b_total, mask=m_x)
         b_x = b_total.to(tl.float32)
-    b_x = tl.where(m_x, b_x, 0.0)
-    mean = tl.sum(tl.sum(b_x, 1), 0) / size
+    size = tl.cast(rows, tl.float32) * WIDTH
+    mean = tl.sum(b_x, 0) / size
     b_x = tl.where(m_x, b_x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_x * b_x, 1), 0) / size + eps)
-    b_w = tl.load(weight_ptr + o_c, mask=m_j, other=0.0).to(tl.float32) * rstd
-    b_y = b_x * b_w[None, :] + tl.load(bias_ptr + o_c, mask=m_j, other=0.0).to(tl.float32)[None, :]
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 0) / size + eps)
+    b_y = b_x * (b_w.to(tl.float32) * rstd) + b_b.to(tl.float32)
     if SILU:
         b_y *= tl.sigmoid(b_y)
     tl.store(out_ptr + o_x, b_y.to(out_ptr.dtype.element_ty), mask=m_x)
@@ -286,43 +320,56 @@ def rows_per_program(rows: int, channels: int, least: int) -> int:
 
 def group_norm_silu(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool,
-    first: Blocks | None = None, joined: Joining = JOINED, last: Blocks = NORMALISED,
+    first: Blocks | None = None, joined: Joining = JOINED, last: Blocks = NORMALISED, single: Single = SINGLE,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, rows, channels = x.shape
-    width = channels // groups
     out, total = torch.empty_like(x), torch.empty_like(residual)
     mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
     if not x.numel():
         return out, total, mean, rstd
-    has_residual, block_j = residual.numel() > 0, triton.next_power_of_2(width)
-    if is_small(rows, width):
-        small_kernel[(n * groups,)](
-            x, residual, emb, weight, bias, total, mean, rstd, out, eps, rows, channels, groups,
-            HAS_RESIDUAL=has_residual, EMB=emb_rows(emb), SILU=silu,
-            BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
-        )  # fmt: skip
+    if is_small(rows, channels // groups, single.most):
+        _in_one_pass(x, residual, None, weight, bias, emb, total, mean, rstd, out, eps, silu, single)
         return out, total, mean, rstd
     partial, rows_each = _statistics(x, residual, None, emb, total, first)
-    summed, added = (total, emb.new_empty(0)) if has_residual else (x, emb)
+    summed, added = (total, emb.new_empty(0)) if residual.numel() else (x, emb)
     _apply(summed, partial, weight, bias, added, mean, rstd, out, groups, eps, silu, rows_each, joined, last)
     return out, total, mean, rstd
 
 
 def group_norm_silu_skip(
     x: Tensor, residual: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, groups: int, eps: float, silu: bool,
-    first: Blocks | None = None, joined: Joining = JOINED, last: Blocks = NORMALISED,
+    first: Blocks | None = None, joined: Joining = JOINED, last: Blocks = NORMALISED, single: Single = SINGLE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, rows, own = x.shape
     none = x.new_empty(0)
-    if own % BLOCK_C or not x.numel():
+    channels = own + skip.shape[2]
+    small = is_small(rows, channels // groups, single.most)
+    if not x.numel() or own % BLOCK_C and not small:
         total = beside(x, residual, skip, emb)
-        return group_norm_silu(total, none, weight, bias, none, groups, eps, silu, None, joined, last)[0], total
-    total = x.new_empty((n, rows, own + skip.shape[2]))
+        return group_norm_silu(total, none, weight, bias, none, groups, eps, silu, None, joined, last, single)[0], total
+    total = x.new_empty((n, rows, channels))
     out = torch.empty_like(total)
     mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+    if small:
+        _in_one_pass(x, residual, skip, weight, bias, emb, total, mean, rstd, out, eps, silu, single)
+        return out, total
     partial, rows_each = _statistics(x, residual, skip, emb, total, first)
     _apply(total, partial, weight, bias, none, mean, rstd, out, groups, eps, silu, rows_each, joined, last)
     return out, total
+
+
+def _in_one_pass(
+    x: Tensor, residual: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, emb: Tensor, total: Tensor,
+    mean: Tensor, rstd: Tensor, out: Tensor, eps: float, silu: bool, single: Single,
+) -> None:  # fmt: skip
+    """Fills out, mean, rstd, and total unless it is empty."""
+    n, rows, channels = out.shape
+    width = channels // mean.shape[1]
+    small_kernel[(mean.numel(),)](
+        x, residual, x if skip is None else skip, emb, weight, bias, total, mean, rstd, out, eps, rows, x.shape[2], channels,
+        HAS_RESIDUAL=residual.numel() > 0, SKIP=skip is not None, EMB=emb_rows(emb), SILU=silu, WIDTH=width,
+        **single.tile(rows * width),
+    )  # fmt: skip
 
 
 def _statistics(

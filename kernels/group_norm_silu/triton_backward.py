@@ -11,12 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fvgen.kernels._triton_sums import column_sums
-from fvgen.kernels.group_norm_silu.reference import is_small
 from fvgen.kernels.group_norm_silu.triton import BLOCK_C, Blocks, emb_rows, embedding, place
 
 SUMS = Blocks(rows=256, tile=16, warps=4, unroll=2)  # both measured with benchmarks/tune_norms.py
 GRADIENT = Blocks(rows=128, tile=32, warps=4, once=True)
 COMBINED = 2048  # elements of the partial sums joined at a time
+SMALL, SMALL_WARPS = 4096, 8  # elements of a group (rows x channels, each rounded up to a power of two) in one program
+
+
+def is_small(rows: int, width: int) -> bool:
+    """Whether one program does a whole group of ``rows`` x ``width`` channels."""
+    return triton.next_power_of_2(rows) * triton.next_power_of_2(width) <= SMALL
 
 
 @triton.jit
@@ -160,17 +165,17 @@ def gradient_kernel(
 @triton.jit
 def small_backward_kernel(
     grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, grad_emb_ptr, out_ptr,
-    rows, channels, groups, samples, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
-    SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+    rows, channels, samples, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The whole group in registers."""
-    i_g = tl.program_id(0).to(tl.int64)
-    i_n = i_g // groups
-    width = channels // groups
-    o_r, o_j = tl.arange(0, BLOCK_R).to(tl.int64), tl.arange(0, BLOCK_J)
-    m_j = o_j < width
+    """The whole group in registers. WIDTH is a constant, so that neighbouring channels are known to lie on 16 bytes."""
+    i_g = tl.program_id(0)
+    groups = channels // WIDTH
+    i_n = (i_g // groups).to(tl.int64)
+    o_r, o_j = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_J)
+    m_j = o_j < WIDTH
     m_x = (o_r < rows)[:, None] & m_j[None, :]
-    o_c = (i_g % groups) * width + o_j
+    o_c = (i_g % groups) * WIDTH + o_j
     o_x = (i_n * rows + o_r)[:, None] * channels + o_c[None, :]
     b_x, b_dy, b_dt = _load_tile(grad_ptr, grad_total_ptr, x_ptr, o_x, m_x, HAS_RESIDUAL, False)
     rstd = tl.load(rstd_ptr + i_g)
@@ -182,7 +187,7 @@ def small_backward_kernel(
     if SILU:
         b_dz *= _d_silu(b_normal * b_w[None, :] + b_b[None, :])
     b_dz_sum, b_dot = tl.sum(b_dz, 0), tl.sum(b_dz * b_normal, 0)
-    size = tl.cast(rows, tl.float32) * tl.cast(width, tl.float32)
+    size = tl.cast(rows, tl.float32) * WIDTH
     across, along = tl.sum(b_w * b_dz_sum, 0) / size, tl.sum(b_w * b_dot, 0) / size
     b_dx = rstd * (b_dz * b_w[None, :] - across - b_normal * along)
     if HAS_RESIDUAL:
@@ -198,22 +203,22 @@ def small_backward_kernel(
 
 def group_norm_silu_backward(
     grad: Tensor, grad_total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor, mean: Tensor, rstd: Tensor,
-    groups: int, silu: bool, first: Blocks = SUMS, last: Blocks = GRADIENT,
+    groups: int, silu: bool, first: Blocks = SUMS, last: Blocks = GRADIENT, warps: int = SMALL_WARPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, rows, channels = x.shape
     out, shared = torch.empty_like(x), emb_rows(emb) == 1
     if not x.numel():
         return out, torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(emb)
-    grad_emb = x.new_empty((n, channels), dtype=torch.float32) if shared else torch.empty_like(emb)
-    sums = x.new_empty((2, n, channels), dtype=torch.float32)
+    sums = x.new_empty((2 + shared, n, channels), dtype=torch.float32)
+    grad_emb = sums[2] if shared else torch.empty_like(emb)
     has_residual, width = grad_total.numel() > 0, channels // groups
     block_j = triton.next_power_of_2(width)
     options = {"HAS_RESIDUAL": has_residual, "EMB": 0 if has_residual else emb_rows(emb), "SILU": silu}
     given = grad, grad_total, x, emb, weight, bias, mean, rstd
     if is_small(rows, width):
         small_backward_kernel[(n * groups,)](
-            *given, sums, grad_emb, out, rows, channels, groups, n, EMB_SUMS=emb.numel() > 0, **options,
-            BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=8,
+            *given, sums, grad_emb, out, rows, channels, n, EMB_SUMS=emb.numel() > 0, **options,
+            WIDTH=width, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=warps,
         )  # fmt: skip
     else:
         programs, across = triton.cdiv(rows, first.rows), triton.cdiv(channels, BLOCK_C)
@@ -232,4 +237,4 @@ def group_norm_silu_backward(
             *given, means, out, rows, channels, groups, blocks, **options,
             ROWS=last.rows, BLOCK_R=last.tile, BLOCK_C=BLOCK_C, ONCE=last.once, num_warps=last.warps,
         )  # fmt: skip
-    return out, *column_sums(sums, weight, bias), grad_emb.sum(0).to(emb.dtype) if shared else grad_emb
+    return (out, *column_sums(sums, weight, bias, emb)) if shared else (out, *column_sums(sums, weight, bias), grad_emb)

@@ -224,8 +224,10 @@ def both(shape, groups, emb=2, residual=False, silu=True):
 
 both((1, 261, 72), 1)
 both((1, 650, 132), 1, residual=True)
-for case in spec.SKIP.cases[1:]:
-    compare(triton.group_norm_silu_skip, reference.group_norm_silu_skip, case.make("cpu", torch.float32), case.name)
+for case in spec.SKIP.cases:
+    for most in (reference.SMALL, 0):
+        fast = partial(triton.group_norm_silu_skip, single=triton.Single(most, 16))
+        compare(fast, reference.group_norm_silu_skip, case.make("cpu", torch.float32), (case.name, most))
 
 # cut up otherwise: unrolled, one tile a program, more blocks of rows than one step of the combination takes
 Blocks, Joining = triton.Blocks, triton.Joining
@@ -233,7 +235,7 @@ for first, joined, last in (
     (Blocks(32, 16, 2, unroll=2, once=True), Joining(256, 4), Blocks(16, 16, 2, once=True)),
     (Blocks(64, 32, 4), Joining(128, 16), Blocks(64, 32, 8)),
 ):
-    given = {"first": first, "joined": joined, "last": last}
+    given = {"first": first, "joined": joined, "last": last, "single": triton.Single(0, 1)}
     for residual in (False, True):
         args = spec._inputs("cpu", torch.float32, shape=(2, 150, 72), groups=1, residual=residual)
         compare(partial(triton.group_norm_silu, **given), reference.group_norm_silu, args, (first, residual))
@@ -244,8 +246,8 @@ half = spec._beside("cpu", torch.float16, shape=(1, 40, 64), further=56, groups=
 found, expected = triton.group_norm_silu_skip(*half)[1], reference.group_norm_silu_skip(*half)[1]
 assert torch.equal(found, expected), "the sum is rounded once"
 
-for limit in (reference.SMALL, 0):  # with and without the single pass
-    triton.is_small = triton_backward.is_small = lambda rows, width, limit=limit: rows * width <= limit
+for small in (True, False):  # with and without the single pass
+    triton.is_small = triton_backward.is_small = lambda rows, width, most=0, small=small: small
     for rows in (1, 7, 130):
         both((2, rows, 32), 8)
         both((2, rows, 40), 5, emb=0)
