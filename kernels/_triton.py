@@ -112,6 +112,4 @@ def column_sums_kernel(kind: str, third: bool = False) -> TritonKernel:
     """The sums at the end of a backward pass, for weights of this Triton type."""
     outputs = dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), kind)
     signature = {"partial_ptr": "*fp32", **outputs, "rows": "i32", "channels": "i32"}
-    return TritonKernel(
-        "_triton_sums", "column_sums_kernel", signature, {"THIRD": third, "BLOCK_R": 256, "BLOCK_C": 16}, warps=8
-    )
+    return TritonKernel("_triton_sums", "column_sums_kernel", signature, {"THIRD": third, "BLOCK_R": 256, "BLOCK_C": 16}, warps=8)

@@ -10,7 +10,7 @@ SMALL = 16384  # elements of one group (rows x channels) that one program holds 
 
 
 def is_small(rows: int, width: int, most: int = SMALL) -> bool:
-    """Whether one program normalises a whole group of ``rows`` x ``width`` channels; half as many where a thread loads one or two."""
+    """Whether one program normalises a whole group of ``rows`` x ``width`` channels: half as many where a load has one or two."""
     return rows * width <= (most if width % 4 == 0 else most // 2)
 
 

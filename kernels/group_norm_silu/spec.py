@@ -166,9 +166,9 @@ def _kernel(
 
 def _small(width: int, block: int, warps: int, skip: bool, **form: Any) -> TritonKernel:
     """For groups of this width, all of whose elements fit into a block."""
-    arguments = f"{_AFFINE} residual_ptr skip_ptr total_ptr out_ptr eps rows own channels"
+    arguments = f"{_AFFINE} residual_ptr skip_ptr total_ptr out_ptr eps rows own groups"
     constants = {**form, "SKIP": skip, "SILU": True, "WIDTH": width, "BLOCK": block}
-    return _kernel("small_kernel", arguments, constants, warps, multiples=("own", "channels"))
+    return _kernel("small_kernel", arguments, constants, warps, multiples=("own",))
 
 
 _kernel_backward = partial(_kernel, module="triton_backward")
@@ -298,10 +298,9 @@ BACKWARD = OpSpec(
         *(
             _kernel_backward(
                 "small_backward_kernel",
-                f"grad_ptr grad_total_ptr {_AFFINE} sums_ptr grad_emb_ptr out_ptr rows channels samples",
+                f"grad_ptr grad_total_ptr {_AFFINE} sums_ptr grad_emb_ptr out_ptr rows groups samples",
                 {**form, "EMB_SUMS": True, "SILU": True, "WIDTH": width, "BLOCK_R": 4096 // j, "BLOCK_J": j},
                 warps=8,
-                multiples=("channels",),
             )
             for form in _FORMS_BACKWARD
             for width, j in ((10, 16), (40, 64))

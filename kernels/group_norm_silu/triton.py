@@ -257,15 +257,16 @@ def normalise_kernel(
 
 @triton.jit
 def small_kernel(
-    x_ptr, residual_ptr, skip_ptr, emb_ptr, weight_ptr, bias_ptr, total_ptr, mean_ptr, rstd_ptr, out_ptr, eps, rows, own, channels,
-    HAS_RESIDUAL: tl.constexpr, SKIP: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, skip_ptr, emb_ptr, weight_ptr, bias_ptr, total_ptr, mean_ptr, rstd_ptr, out_ptr,
+    eps, rows, own, groups, HAS_RESIDUAL: tl.constexpr, SKIP: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole group in registers, its rows of WIDTH channels one behind the other.
 
     Everything is asked for before anything is waited for. A skip connection's channels follow the ``own`` ones of x.
     """
     i_g = tl.program_id(0)
-    groups = channels // WIDTH
+    channels = groups * WIDTH  # Triton sees that this is a multiple of what WIDTH is one of, and loads 16 bytes at once
     i_n = (i_g // groups).to(tl.int64)
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < rows * WIDTH
@@ -344,7 +345,7 @@ def group_norm_silu_skip(
     none = x.new_empty(0)
     channels = own + skip.shape[2]
     small = is_small(rows, channels // groups, single.most)
-    if not x.numel() or own % BLOCK_C and not small:
+    if not x.numel() or (own % BLOCK_C and not small):
         total = beside(x, residual, skip, emb)
         return group_norm_silu(total, none, weight, bias, none, groups, eps, silu, None, joined, last, single)[0], total
     total = x.new_empty((n, rows, channels))
@@ -363,10 +364,10 @@ def _in_one_pass(
     mean: Tensor, rstd: Tensor, out: Tensor, eps: float, silu: bool, single: Single,
 ) -> None:  # fmt: skip
     """Fills out, mean, rstd, and total unless it is empty."""
-    n, rows, channels = out.shape
-    width = channels // mean.shape[1]
+    rows, groups = out.shape[1], mean.shape[1]
+    width = out.shape[2] // groups
     small_kernel[(mean.numel(),)](
-        x, residual, x if skip is None else skip, emb, weight, bias, total, mean, rstd, out, eps, rows, x.shape[2], channels,
+        x, residual, x if skip is None else skip, emb, weight, bias, total, mean, rstd, out, eps, rows, x.shape[2], groups,
         HAS_RESIDUAL=residual.numel() > 0, SKIP=skip is not None, EMB=emb_rows(emb), SILU=silu, WIDTH=width,
         **single.tile(rows * width),
     )  # fmt: skip

@@ -165,12 +165,12 @@ def gradient_kernel(
 @triton.jit
 def small_backward_kernel(
     grad_ptr, grad_total_ptr, x_ptr, emb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, grad_emb_ptr, out_ptr,
-    rows, channels, samples, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
+    rows, groups, samples, HAS_RESIDUAL: tl.constexpr, EMB: tl.constexpr, EMB_SUMS: tl.constexpr,
     SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The whole group in registers. WIDTH is a constant, so that neighbouring channels are known to lie on 16 bytes."""
+    """The whole group in registers."""
     i_g = tl.program_id(0)
-    groups = channels // WIDTH
+    channels = groups * WIDTH  # as in the forward pass, so that 16 bytes are loaded at once
     i_n = (i_g // groups).to(tl.int64)
     o_r, o_j = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_J)
     m_j = o_j < WIDTH
@@ -217,7 +217,7 @@ def group_norm_silu_backward(
     given = grad, grad_total, x, emb, weight, bias, mean, rstd
     if is_small(rows, width):
         small_backward_kernel[(n * groups,)](
-            *given, sums, grad_emb, out, rows, channels, n, EMB_SUMS=emb.numel() > 0, **options,
+            *given, sums, grad_emb, out, rows, groups, n, EMB_SUMS=emb.numel() > 0, **options,
             WIDTH=width, BLOCK_R=triton.next_power_of_2(rows), BLOCK_J=block_j, num_warps=warps,
         )  # fmt: skip
     else:

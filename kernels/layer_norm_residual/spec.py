@@ -130,7 +130,7 @@ FORWARD = OpSpec(
         _kernel(
             "layer_norm_kernel",
             "x_ptr residual_ptr weight_ptr bias_ptr out_ptr total_ptr mean_ptr rstd_ptr eps rows channels",
-            {"BLOCK_R": 4096 // c, "BLOCK_C": c},
+            {"BLOCK_R": 4096 // c, "BLOCK_C": c, "ONCE": False},
         )
         for c in (512, 2048)
     ),

@@ -23,7 +23,25 @@ class Launch(NamedTuple):
     per_multiprocessor: int
 
 
-TILE = 4096  # elements of a forward tile of whole rows
+class Rows(NamedTuple):
+    """Of the forward pass, whose programs have some whole rows each.
+
+    Attributes:
+        elements: of a tile, rows rounded up to a power of two; one row at least.
+        once: the cache is told that x and the residual are not read again.
+    """
+
+    elements: int
+    warps: int
+    once: bool = False
+
+    def tile(self, channels: int) -> dict[str, int]:
+        """Tile and warps for rows of this length."""
+        block_c = triton.next_power_of_2(channels)
+        return {"BLOCK_R": min(64, max(1, self.elements // block_c)), "BLOCK_C": block_c, "num_warps": self.warps}
+
+
+FORWARD = Rows(elements=4096, warps=4)
 # measured with benchmarks/tune_norms.py: up to 512 channels a warp holds whole rows, and programs of one warp wait for nobody
 IN_A_WARP = 512
 NARROW = Launch(warps=1, per_multiprocessor=16)
@@ -33,25 +51,28 @@ WIDE = Launch(warps=4, per_multiprocessor=3)
 @triton.jit
 def layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, mean_ptr, rstd_ptr, eps, rows, channels,
-    HAS_RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics in two passes over registers."""
+    """Statistics in two passes over registers. Everything is asked for before anything is waited for."""
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
     m_r, m_c = o_r < rows, o_c < channels
     m_x = m_r[:, None] & m_c[None, :]
     o_x = o_r[:, None] * channels + o_c[None, :]
-    b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0, eviction_policy="evict_first" if ONCE else "")
     if HAS_RESIDUAL:
-        b_x += tl.load(residual_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_r = tl.load(residual_ptr + o_x, mask=m_x, other=0.0, eviction_policy="evict_first" if ONCE else "")
+    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_x = b_x.to(tl.float32)
+    if HAS_RESIDUAL:
+        b_x += b_r.to(tl.float32)
         b_total = b_x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + o_x, b_total, mask=m_x)
         b_x = b_total.to(tl.float32)
     b_mean = tl.sum(b_x, 1) / channels
     b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
     b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / channels + eps)
-    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_y = b_x * b_rstd[:, None] * b_w[None, :] + b_b[None, :]
     tl.store(out_ptr + o_x, b_y.to(out_ptr.dtype.element_ty), mask=m_x)
     tl.store(mean_ptr + o_r, b_mean, mask=m_r)
@@ -146,17 +167,18 @@ def layer_norm_backward_kernel(
         tl.store(p_db + o_d, tl.sum(b_dbd, 0), mask=o_d < channels)
 
 
-def layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+def layer_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, launch: Rows = FORWARD
+) -> tuple[Tensor, ...]:
     rows, channels = x.shape
     out = torch.empty_like(x)
     total = torch.empty_like(residual)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if x.numel():
-        block_c = triton.next_power_of_2(channels)
-        block_r = min(64, max(1, TILE // block_c))
-        layer_norm_kernel[(triton.cdiv(rows, block_r),)](
+        tile = launch.tile(channels)
+        layer_norm_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
             x, residual, weight, bias, out, total, mean, rstd, eps, rows, channels,
-            HAS_RESIDUAL=residual.numel() > 0, BLOCK_R=block_r, BLOCK_C=block_c,
+            HAS_RESIDUAL=residual.numel() > 0, ONCE=launch.once, **tile,
         )  # fmt: skip
     return out, total, mean, rstd
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fvgen.kernels._triton_normal import normal_block
 
-BLOCK = 1024  # elements of one sample per program
+BLOCK, WARPS = 1024, 4  # elements of one sample per program
 
 
 @triton.jit
@@ -20,6 +20,10 @@ def noise_injection_kernel(
     """x_t = a s x_0 + b eps and v = a eps - b s x_0, with eps from Philox at (seed, offset + b quads + element / 4)."""
     i_b = tl.program_id(1).to(tl.int64)
     i_n = tl.program_id(0).to(tl.int64)
+    o_n = i_n * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < count
+    o_x = i_b * count + o_n
+    b_x = tl.load(x_ptr + o_x, mask=m_n, other=0.0)  # on its way while the table is looked up
     t = tl.load(t_ptr + i_b)
     a = tl.load(tables_ptr + t)
     b = tl.load(tables_ptr + steps + t)
@@ -28,10 +32,7 @@ def noise_injection_kernel(
     o_quad = i_n * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     noise = normal_block(seed, offset + i_b * quads + o_quad)
 
-    o_n = i_n * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < count
-    o_x = i_b * count + o_n
-    b_x = s * tl.load(x_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
+    b_x = s * b_x.to(tl.float32)
     tl.store(out_ptr + o_x, (a * b_x + b * noise).to(out_ptr.dtype.element_ty), mask=m_n)
     if WANT_NOISE:
         tl.store(noise_ptr + o_x, noise.to(noise_ptr.dtype.element_ty), mask=m_n)
@@ -48,17 +49,22 @@ def noise_injection_backward_kernel(
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < count
     o_x = i_b * count + o_n
-    t = tl.load(t_ptr + i_b)
-    total = tl.load(tables_ptr + t) * tl.load(grad_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
+    b_g = tl.load(grad_ptr + o_x, mask=m_n, other=0.0)  # on their way while the table is looked up
     if HAS_VELOCITY:
-        b_v = tl.load(grad_velocity_ptr + o_x, mask=m_n, other=0.0).to(tl.float32)
-        total -= tl.load(tables_ptr + steps + t) * b_v
-    total *= tl.load(tables_ptr + 2 * steps + t)
+        b_v = tl.load(grad_velocity_ptr + o_x, mask=m_n, other=0.0)
+    t = tl.load(t_ptr + i_b)
+    a = tl.load(tables_ptr + t)
+    b = tl.load(tables_ptr + steps + t)
+    s = tl.load(tables_ptr + 2 * steps + t)
+    total = a * b_g.to(tl.float32)
+    if HAS_VELOCITY:
+        total -= b * b_v.to(tl.float32)
+    total *= s
     tl.store(out_ptr + o_x, total.to(out_ptr.dtype.element_ty), mask=m_n)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x[0].numel(), BLOCK), x.shape[0]
+def _grid(x: Tensor, block: int) -> tuple[int, int]:
+    return triton.cdiv(x[0].numel(), block), x.shape[0]
 
 
 def noise_injection(
@@ -69,18 +75,20 @@ def noise_injection(
     velocity = torch.empty_like(x0) if want_velocity else x0.new_empty(0)
     if x0.numel():
         count = x0[0].numel()
-        noise_injection_kernel[_grid(x0)](
+        noise_injection_kernel[_grid(x0, BLOCK)](
             x0, t, tables, out, noise, velocity, seed, offset, count, (count + 3) // 4, tables.shape[1],
-            WANT_NOISE=want_noise, WANT_VELOCITY=want_velocity, BLOCK=BLOCK,
+            WANT_NOISE=want_noise, WANT_VELOCITY=want_velocity, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return out, noise, velocity
 
 
-def noise_injection_backward(grad: Tensor, grad_velocity: Tensor, t: Tensor, tables: Tensor) -> Tensor:
+def noise_injection_backward(
+    grad: Tensor, grad_velocity: Tensor, t: Tensor, tables: Tensor, block: int = BLOCK, warps: int = WARPS
+) -> Tensor:
     out = torch.empty_like(grad)
     if grad.numel():
-        noise_injection_backward_kernel[_grid(grad)](
+        noise_injection_backward_kernel[_grid(grad, block)](
             grad, grad_velocity, t, tables, out, grad[0].numel(), tables.shape[1],
-            HAS_VELOCITY=grad_velocity.numel() > 0, BLOCK=BLOCK,
+            HAS_VELOCITY=grad_velocity.numel() > 0, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return out
