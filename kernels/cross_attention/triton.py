@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -220,12 +221,22 @@ def context_gradient_kernel(
     tl.store(p_k + HEADS * DIM, weight * b_dv, mask=m_l)
 
 
-def options(dtype: torch.dtype, per: int, dim: int) -> tuple[dict[str, int], int]:
+class Tile(NamedTuple):
+    """Of a program: queries, and tokens that they meet at a time."""
+
+    queries: int
+    tokens: int
+    warps: int
+
+
+def options(dtype: torch.dtype, per: int, dim: int, tile: Tile | None = None) -> tuple[dict[str, int], int]:
     """Tile of a program over ``per`` queries and its warps; matrix products need sides of at least 16."""
     block_d = max(16, triton.next_power_of_2(dim))
-    # wide blocks read the contexts less often, but waste more of a short sequence
-    block_q = 32 if dtype == torch.float32 else 128 if per >= 256 and block_d <= 64 else 64
-    return {"BLOCK_Q": block_q, "BLOCK_L": BLOCK_L, "BLOCK_D": block_d}, 8 if block_q * block_d > 4096 else 4
+    if tile is None:
+        # wide blocks read the contexts less often, but waste more of a short sequence
+        block_q = 32 if dtype == torch.float32 else 128 if per >= 256 and block_d <= 64 else 64
+        tile = Tile(block_q, BLOCK_L, 8 if block_q * block_d > 4096 else 4)
+    return {"BLOCK_Q": tile.queries, "BLOCK_L": tile.tokens, "BLOCK_D": block_d}, tile.warps
 
 
 def context_options(dtype: torch.dtype, tokens: int, dim: int) -> tuple[dict[str, int], int]:
@@ -246,16 +257,18 @@ def _layout(q: Tensor, text_kv: Tensor, image_kv: Tensor) -> tuple[tuple[int, ..
     return sizes, {"TEXT": tokens[0], "IMAGE": tokens[1] if len(tokens) > 1 else 0, "HEADS": heads, "DIM": dim}
 
 
-def cross_attention(q: Tensor, text_kv: Tensor, image_kv: Tensor, scale: float, image_scale: float) -> tuple[Tensor, Tensor]:
+def cross_attention(
+    q: Tensor, text_kv: Tensor, image_kv: Tensor, scale: float, image_scale: float, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
     n, s, heads, dim = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((len(contexts(text_kv, image_kv)), heads, n, s), dtype=torch.float32)
     if q.numel():
         sizes, constants = _layout(q, text_kv, image_kv)
-        tile, warps = options(q.dtype, sizes[0], dim)
-        grid = (n * s // sizes[0] * triton.cdiv(sizes[0], tile["BLOCK_Q"]) * heads,)
+        blocks, warps = options(q.dtype, sizes[0], dim, tile)
+        grid = (n * s // sizes[0] * triton.cdiv(sizes[0], blocks["BLOCK_Q"]) * heads,)
         cross_attention_kernel[grid](
-            q, text_kv, image_kv, out, lse, scale, image_scale, *sizes, **constants, **tile, num_warps=warps
+            q, text_kv, image_kv, out, lse, scale, image_scale, *sizes, **constants, **blocks, num_warps=warps
         )  # fmt: skip
     return out, lse
 
