@@ -30,13 +30,15 @@ from fvgen.kernels.geglu import spec as geglu
 from fvgen.kernels.geglu.triton import Tile
 from fvgen.kernels.geglu.triton import geglu as geglu_forward
 from fvgen.kernels.group_norm_silu import spec as group_norm_silu
-from fvgen.kernels.group_norm_silu.reference import is_small
-from fvgen.kernels.group_norm_silu.triton import Blocks, Joining
+from fvgen.kernels.group_norm_silu.reference import SMALL, is_small
+from fvgen.kernels.group_norm_silu.triton import Blocks, Joining, Single
 from fvgen.kernels.group_norm_silu.triton import group_norm_silu as group_norm_silu_forward
 from fvgen.kernels.group_norm_silu.triton import group_norm_silu_skip as group_norm_silu_skip_forward
 from fvgen.kernels.group_norm_silu.triton_backward import group_norm_silu_backward
+from fvgen.kernels.group_norm_silu.triton_backward import is_small as is_small_backward
 from fvgen.kernels.layer_norm_residual import spec as layer_norm_residual
-from fvgen.kernels.layer_norm_residual.triton import Launch, layer_norm_residual_backward
+from fvgen.kernels.layer_norm_residual.triton import Launch, Rows, layer_norm_residual_backward
+from fvgen.kernels.layer_norm_residual.triton import layer_norm_residual as layer_norm_residual_forward
 
 DEFAULT = "as it is"
 ALLOWED = 2**-7  # outputs are rounded to bfloat16, relative to the largest entry
@@ -44,6 +46,8 @@ SHOWN = 3  # candidates of a shape, and of an operator
 
 # warps of a program, programs per multiprocessor
 LAUNCHES = ((1, 12), (1, 16), (2, 8), (4, 3))
+# elements of a tile of whole rows, warps, whether the cache is told that nothing is read again
+ROWS = ((4096, 4), (4096, 8), (2048, 4), (2048, 2), (2048, 1), (1024, 1), (4096, 4, True), (1024, 1, True))
 # rows of a program, rows of a tile, warps, tiles on their way
 SUMS = ((128, 16, 4, 1), (128, 16, 4, 2), (128, 16, 4, 4), (256, 16, 4, 2))
 # rows of a program, rows of a tile, warps, -, whether the cache is told that nothing is read again
@@ -79,6 +83,9 @@ NORMALISED = (
 )
 # partial statistics at a time, and for a thread
 JOINED = ((8192, 4), (8192, 16), (2048, 4))
+# one pass for groups of so many elements, and for a thread; none of them
+SINGLE = ((SMALL, 8), (SMALL, 16), (SMALL, 32), (SMALL, 64), (0, 16))
+SMALL_WARPS = (4, 8, 16)  # of one pass of the backward pass
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,19 @@ class Search:
     candidates: dict[str, dict[str, Any]]
 
     def of(self, args: tuple) -> dict[str, dict[str, Any]]:
-        """The candidates for these arguments: none where a group norm takes a single pass, else those of the passes it takes."""
-        candidates = self.candidates
+        """The candidates for these arguments: of a group norm those of the passes, or the single pass, that it takes."""
         if self.spec is group_norm_silu.BACKWARD:
-            candidates = {} if is_small(args[2].shape[1], args[2].shape[2] // args[8]) else candidates
+            small, unused = is_small_backward(args[2].shape[1], args[2].shape[2] // args[8]), ()
         elif self.spec is group_norm_silu.FORWARD:
-            unused = "STATISTICS" if args[1].numel() else "SUMMED"
             small = is_small(args[0].shape[1], args[0].shape[2] // args[5])
-            candidates = {} if small else {n: given for n, given in candidates.items() if not n.startswith(unused)}
+            unused = ("STATISTICS",) if args[1].numel() else ("SUMMED",)
+        elif self.spec is group_norm_silu.SKIP:
+            small, unused = is_small(args[0].shape[1], (args[0].shape[2] + args[2].shape[2]) // args[6]), ()
+        else:
+            return {DEFAULT: {}, **self.candidates}
+        single = {n: given for n, given in self.candidates.items() if n.split(" = ")[0] in _SINGLE}
+        several = {n: given for n, given in self.candidates.items() if n not in single and not n.startswith(unused)}
+        candidates = single if small else several
         return {DEFAULT: {}, **candidates}
 
 
@@ -107,7 +119,14 @@ def _blocks(name: str, argument: str, values: tuple[tuple, ...]) -> dict[str, di
 
 _AFTER = {f"JOINED = Joining{given}": {"joined": Joining(*given)} for given in JOINED}
 _AFTER |= _blocks("NORMALISED", "last", NORMALISED)
+_AFTER |= {f"SINGLE = Single{given}": {"single": Single(*given)} for given in SINGLE}
+_SINGLE = ("SINGLE", "SMALL_WARPS")  # constants of a single pass
 SEARCHES = (
+    Search(
+        layer_norm_residual.FORWARD,
+        layer_norm_residual_forward,
+        {f"FORWARD = Rows{given}": {"launch": Rows(*given)} for given in ROWS},
+    ),
     Search(
         layer_norm_residual.BACKWARD,
         layer_norm_residual_backward,
@@ -117,7 +136,9 @@ SEARCHES = (
     Search(
         group_norm_silu.BACKWARD,
         group_norm_silu_backward,
-        _blocks("SUMS", "first", SUMS) | _blocks("GRADIENT", "last", GRADIENTS),
+        _blocks("SUMS", "first", SUMS)
+        | _blocks("GRADIENT", "last", GRADIENTS)
+        | {f"SMALL_WARPS = {warps}": {"warps": warps} for warps in SMALL_WARPS},
     ),
     Search(
         group_norm_silu.FORWARD,

@@ -50,31 +50,39 @@ def test_the_search_of_the_norms():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from benchmarks.tune_norms import DEFAULT, SEARCHES
     from fvgen.kernels.geglu.triton import FORWARD
-    from fvgen.kernels.group_norm_silu.triton import JOINED, NORMALISED, STATISTICS, SUMMED
-    from fvgen.kernels.group_norm_silu.triton_backward import GRADIENT, SUMS
+    from fvgen.kernels.group_norm_silu.triton import JOINED, NORMALISED, SINGLE, STATISTICS, SUMMED
+    from fvgen.kernels.group_norm_silu.triton_backward import GRADIENT, SMALL_WARPS, SUMS
+    from fvgen.kernels.layer_norm_residual.triton import FORWARD as ROWS
     from fvgen.kernels.layer_norm_residual.triton import NARROW, WIDE
 
+    # of several passes those that are taken
+    expected = {
+        ("group_norm_silu_backward", "small"): {"SMALL_WARPS"},
+        ("group_norm_silu_backward", "across_programs"): {"SUMS", "GRADIENT"},
+        ("group_norm_silu", "small"): {"SINGLE"},
+        ("group_norm_silu", "residual"): {"SINGLE"},
+        ("group_norm_silu", "frames_16x320x512_320"): {"STATISTICS", "JOINED", "NORMALISED"},
+        ("group_norm_silu", "frames_16x320x512_320_residual"): {"SUMMED", "JOINED", "NORMALISED"},
+        ("group_norm_silu_skip", "small"): {"SINGLE"},
+        ("group_norm_silu_skip", "16x320x512_320_320"): {"SUMMED", "JOINED", "NORMALISED"},
+        ("layer_norm_residual", "small"): {"FORWARD"},
+    }
     found = {s.spec.name: s for s in SEARCHES}
-    norm = found["group_norm_silu_backward"]
-    for case in norm.spec.cases:
-        args = case.make("cpu", torch.float32)
-        if case.name == "across_programs":
-            assert list(norm.of(args)) == [DEFAULT, *norm.candidates]
-        if case.name == "small":
-            assert list(norm.of(args)) == [DEFAULT]
-    # of two first passes, those of the one that is taken
-    norm = found["group_norm_silu"]
-    for case in norm.spec.cases:
-        args = case.make("cpu", torch.float32)
-        constants = {name.split(" = ")[0] for name in norm.of(args)} - {DEFAULT}
-        if case.name in ("small", "residual"):
-            assert constants == set()
-        if case.name == "across_programs":
-            assert constants == {"STATISTICS", "JOINED", "NORMALISED"}
-        if case.name == "residual_across_programs":
-            assert constants == {"SUMMED", "JOINED", "NORMALISED"}
+    for (name, case), constants in expected.items():
+        search = found[name]
+        made = next(c for c in (*search.spec.cases, *search.spec.benchmarks) if c.name == case).make("meta", torch.float32)
+        assert {n.split(" = ")[0] for n in search.of(made)} - {DEFAULT} == constants, (name, case)
     # the present choice is among the candidates, so that the search compares with what it says
     given = [settings for s in SEARCHES for settings in s.candidates.values()]
     passes = [{"first": SUMS}, {"last": GRADIENT}, {"first": STATISTICS}, {"first": SUMMED}, {"last": NORMALISED}]
-    for present in (*passes, {"joined": JOINED}, {"launch": NARROW}, {"launch": WIDE}, {"tile": FORWARD}):
+    single = [{"single": SINGLE}, {"warps": SMALL_WARPS}]
+    for present in (
+        *passes,
+        *single,
+        {"joined": JOINED},
+        {"launch": NARROW},
+        {"launch": WIDE},
+        {"launch": ROWS},
+        {"tile": FORWARD},
+    ):
         assert present in given
