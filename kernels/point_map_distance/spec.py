@@ -15,7 +15,7 @@ from fvgen.kernels.point_map_distance import reference
 
 
 def _inputs(device: str, dtype: torch.dtype, *, photos: int, maps: int, pixels: int, exact: bool = False) -> tuple:
-    """Points two to four units away, seen at residuals of about a tenth; ``exact`` makes every other distance zero, in any dtype."""
+    """Points three units away, residuals of about a tenth; ``exact`` makes every other distance zero, in any dtype."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -33,10 +33,10 @@ def _add(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, b0, b1, b2, b3, b4, b
 
 @triton.jit
 def _moved(p_a, x, y, z):
-    """A (x, y, z) + b of a motion ``[3, 4]``."""
-    u = tl.load(p_a) * x + tl.load(p_a + 1) * y + tl.load(p_a + 2) * z + tl.load(p_a + 3)
-    v = tl.load(p_a + 4) * x + tl.load(p_a + 5) * y + tl.load(p_a + 6) * z + tl.load(p_a + 7)
-    w = tl.load(p_a + 8) * x + tl.load(p_a + 9) * y + tl.load(p_a + 10) * z + tl.load(p_a + 11)
+    """A (x, y, z) + b of a motion ``[3, 4]``. b comes first: added last, its low bits are rounded the same way at every pixel."""
+    u = tl.load(p_a + 3) + tl.load(p_a) * x + tl.load(p_a + 1) * y + tl.load(p_a + 2) * z
+    v = tl.load(p_a + 7) + tl.load(p_a + 4) * x + tl.load(p_a + 5) * y + tl.load(p_a + 6) * z
+    w = tl.load(p_a + 11) + tl.load(p_a + 8) * x + tl.load(p_a + 9) * y + tl.load(p_a + 10) * z
     return u, v, w
 
 
