@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fvgen.geometry.conventions import rigid, rotation_from_quaternion
+from fvgen.geometry.conventions import rigid
+from fvgen.kernels.point_map_distance import point_map_distance
 from fvgen.types import Cameras, GeometryQuality, ImageSet, Scene
 
 from .clean import cleaned_confidence
@@ -23,6 +24,12 @@ FOCAL_SCALE = 20.0
 MEAN_PAIR_SCALE = 0.5
 LAST_RATE = 1e-6
 MIN_CONFIDENCE = math.log(3)
+_ENTRIES = (  # of a rotation, row by row, and the squared length
+    *("+xx-yy-zz+ww", "+xy+xy-zw-zw", "+xz+xz+yw+yw"),
+    *("+xy+xy+zw+zw", "-xx+yy-zz+ww", "+yz+yz-xw-xw"),
+    *("+xz+xz-yw-yw", "+yz+yz+xw+xw", "-xx-yy+zz+ww"),
+    "+xx+yy+zz+ww",
+)
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,30 @@ class AlignmentState:
         return AlignmentState(*(p.to(device) for p in self.parameters()))
 
 
-def _motion(pose: Tensor) -> tuple[Tensor, Tensor]:
-    """``[..., 7 or more]`` to rotation ``[..., 3, 3]`` and translation ``[..., 3]``, without waiting for a GPU."""
-    coded = pose[..., 4:7]
-    return rotation_from_quaternion(pose[..., :4].roll(1, -1)), coded.sign() * torch.expm1(coded.abs())
+@cache
+@torch.inference_mode(False)
+def _quadratic(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[16, 10]`` from the products of a quaternion's (x, y, z, w) to R times its squared length, and to that squared length."""
+    table = torch.zeros(4, 4, len(_ENTRIES))
+    for n, terms in enumerate(_ENTRIES):
+        for sign, a, b in zip(terms[::3], terms[1::3], terms[2::3], strict=True):
+            table["xyzw".index(a), "xyzw".index(b), n] += float(sign + "1")
+    return table.flatten(0, 1).to(device, dtype)
+
+
+def _motion(pose: Tensor) -> Tensor:
+    """``[..., 7]`` to (R | T) ``[..., 3, 4]`` in few operations: each of them is a launch on a GPU, forward and backward."""
+    quaternion, coded = pose.split([4, 3], dim=-1)
+    products = (quaternion[..., :, None] * quaternion[..., None, :]).flatten(-2)
+    turned, squared = (products @ _quadratic(pose.dtype, pose.device)).split([9, 1], dim=-1)
+    sign = coded.detach().sign()
+    return torch.cat([(turned / squared).unflatten(-1, (3, 3)), (sign * torch.expm1(sign * coded))[..., None]], dim=-1)
 
 
 def pose_matrix(pose: Tensor) -> Tensor:
     """``[..., 7 or more]`` to ``[..., 4, 4]``."""
-    return rigid(*_motion(pose))
+    motion = _motion(pose[..., :7])
+    return rigid(motion[..., :3], motion[..., 3])
 
 
 def pose_code(matrix: Tensor) -> Tensor:
@@ -73,7 +95,11 @@ def pose_code(matrix: Tensor) -> Tensor:
 
 def pair_scales(pair_poses: Tensor) -> Tensor:
     """Scale of each pair ``[E]``; their geometric mean is held at one half."""
-    return (pair_poses[:, 7] - pair_poses[:, 7].mean()).exp() * MEAN_PAIR_SCALE
+    return _scales(pair_poses[:, 7])
+
+
+def _scales(logs: Tensor) -> Tensor:
+    return (logs - logs.mean()).exp() * MEAN_PAIR_SCALE
 
 
 def centred_pixels(size: tuple[int, int], like: Tensor) -> Tensor:
@@ -81,44 +107,14 @@ def centred_pixels(size: tuple[int, int], like: Tensor) -> Tensor:
     return (pixel_centres(size) - intrinsics(1.0, size)[:2, 2]).flatten(0, 1).T.contiguous().to(like)
 
 
-def _world(state: AlignmentState, centred: Tensor) -> Tensor:
-    """World points ``[V, 3, H * W]``."""
-    focals = (state.focals / FOCAL_SCALE).exp()[:, None, None]
-    depths = state.depths.flatten(1)[:, None].exp()
-    R, T = _motion(state.poses)
-    return torch.baddbmm(T[..., None], R, torch.cat([depths * centred / focals, depths], dim=1))
-
-
 def world_points(state: AlignmentState) -> Tensor:
     """``[V, H, W, 3]`` of all photos."""
     size = (state.depths.shape[1], state.depths.shape[2])
-    return _world(state, centred_pixels(size, state.depths)).transpose(1, 2).unflatten(1, size)
-
-
-class _Distance(torch.autograd.Function):
-    """Sum of ``w |world - (A x + b)|`` over everything. Both gradients are found on the way, with the residuals still at hand.
-
-    Inputs are ``world [V, 3, P]``, motions (A | b) ``[V, M, 3, 4]``, ``points [V, M, 3, P]`` and ``weights [V, M, P]``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, world: Tensor, motions: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-        flat = motions.flatten(0, 1)
-        residual = torch.baddbmm(flat[..., 3:], flat[..., :3], points.flatten(0, 1)).view_as(points)
-        torch.sub(world[:, None], residual, out=residual)
-        x, y, z = residual.unbind(2)
-        distance = (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_()  # norm over a dimension in the middle is slow on CPUs
-        loss = (distance * weights).sum()
-        # at a distance of zero the residual is zero too, and so is its part of the gradient
-        residual *= (weights / distance.clamp_min_(torch.finfo(distance.dtype).tiny))[:, :, None]
-        columns = [(residual * points[:, :, k : k + 1]).sum(-1) for k in range(3)]
-        ctx.save_for_backward(residual.sum(1), -torch.stack([*columns, residual.sum(-1)], dim=-1))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        world, motions = ctx.saved_tensors
-        return upstream[0] * world, upstream[0] * motions, None, None
+    focals = (state.focals / FOCAL_SCALE).exp()[:, None, None]
+    depths = state.depths.flatten(1)[:, None].exp()
+    own = torch.cat([depths * centred_pixels(size, state.depths) / focals, depths], dim=1)
+    motion = _motion(state.poses)
+    return torch.baddbmm(motion[..., 3:], motion[..., :3], own).transpose(1, 2).unflatten(1, size)
 
 
 class Objective:
@@ -141,23 +137,28 @@ class Objective:
         self._size = (like.shape[0], like.shape[1])
         pixels = self._size[0] * self._size[1]
         self._points = like.new_zeros(photos, most, 3, pixels)
-        self._weights = like.new_zeros(photos, most, pixels)
+        self._weights = like.new_ones(photos, most, pixels)
         chosen = torch.zeros(photos, most, len(predictions), dtype=like.dtype)
         for photo, its in maps.items():
             for n, (edge, points, confidence) in enumerate(its):
                 self._points[photo, n] = points.flatten(0, 1).T
-                self._weights[photo, n] = confidence.flatten().log()
+                self._weights[photo, n] = confidence.flatten()
                 chosen[photo, n, edge] = 1
+        self._weights.log_()
         self._chosen = chosen.to(like.device)
+        self._over_focal = like.new_tensor([-1.0, -1.0, 0.0, 0.0]) / FOCAL_SCALE
         self._centred = centred_pixels(self._size, like)
         self._count = len(predictions) * pixels
 
     def __call__(self, state: AlignmentState) -> Tensor:
         """The loss, a scalar in the network's unit of length."""
-        R, T = _motion(state.pair_poses)
-        motions = pair_scales(state.pair_poses)[:, None, None] * torch.cat([R, T[..., None]], dim=-1)
-        motions = (self._chosen @ motions.flatten(1)).unflatten(-1, (3, 4))
-        return _Distance.apply(_world(state, self._centred), motions, self._points, self._weights) / self._count
+        pair_poses, logs = state.pair_poses.split([7, 1], dim=-1)
+        both = _motion(torch.cat([state.poses, pair_poses]))
+        cameras, motions = both.split([len(state.poses), len(pair_poses)])
+        cameras = cameras * (state.focals[:, None] * self._over_focal).exp()[:, None]  # pixels to the frame at z = 1
+        motions = (self._chosen @ (_scales(logs) * motions.flatten(1))).unflatten(-1, (3, 4))
+        depths = state.depths.flatten(1).exp()
+        return point_map_distance(depths, self._centred, cameras, motions, self._points, self._weights) / self._count
 
 
 def learning_rate(step: int, steps: int, rate: float, schedule: str) -> float:
@@ -207,7 +208,7 @@ def _adam(
     device = state.depths.device
     cuda = device.type == "cuda"
     pace = torch.zeros((), device=device) if cuda else 0.0  # set before each step
-    adam = torch.optim.Adam(moving.parameters(), lr=pace, betas=(0.9, 0.9), capturable=cuda)
+    adam = torch.optim.Adam(moving.parameters(), lr=pace, betas=(0.9, 0.9), capturable=cuda, fused=cuda)
     losses = torch.zeros(steps, device=device)
 
     def step() -> Tensor:
