@@ -15,7 +15,7 @@ from fvgen.bench.kernels import Say
 from fvgen.bench.timing import Timing, inference, synchronize, time_calls, time_once
 from fvgen.geometry.conventions import invert_rigid, rigid
 from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pair_scales, pose_matrix, world_points
-from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs, tf32_products
+from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs, float32_products
 from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
 from fvgen.geometry.dust3r.spanning_tree import aligned_scene, initial_state
 from fvgen.geometry.se3 import so3_exp
@@ -73,7 +73,7 @@ def _network(device: str, rounds: int, quick: bool, say: Say) -> Iterator[dict[s
         network.trunk_to(dtype)
         for graph in (False, True) if device != "cpu" else (False,):
             kind = "_".join(part for part in ("dust3r_pair", name, "graph" if graph else "", "ms") if part)
-            with inference(), tf32_products(), GpuWatch(device) as watch:
+            with inference(), float32_products("high"), GpuWatch(device) as watch:
                 timing = time_calls(call, device, rounds, graph=graph)
             peak = {"dtype": str(dtype).removeprefix("torch."), "peak_memory_bytes": watch.facts["peak_memory_bytes"]}
             yield {"name": kind, **facts, **peak, "unit": "ms", **timing.fields()}

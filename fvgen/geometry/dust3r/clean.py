@@ -8,8 +8,6 @@ from torch import Tensor
 from fvgen.geometry.conventions import invert_rigid
 from fvgen.types import Cameras
 
-from .pinhole import transform
-
 MARGIN = 1e-3
 
 
@@ -24,18 +22,18 @@ def cleaned_confidence(points: Tensor, cameras: Cameras, confidence: Tensor) -> 
         confidence: before any threshold.
     """
     height, width = cameras.image_size
-    cam_from_world = invert_rigid(cameras.world_from_cam)
-    depths = torch.stack([transform(pose, p)[..., 2] for pose, p in zip(cam_from_world, points, strict=True)])
-    cleaned = confidence.clone()
+    world_to_cam = invert_rigid(cameras.world_from_cam)
+    turns, shifts = world_to_cam[:, :3, :3].transpose(1, 2), world_to_cam[:, None, :3, 3]
+    world = points.flatten(1, 2)
+    depths = (world @ turns + shifts)[..., 2]
+    cleaned = confidence.flatten(1).clone()
     for i in range(len(points)):
-        for j in range(len(points)):
-            if i == j:
-                continue
-            seen = transform(cam_from_world[j], points[i])
-            depth = seen[..., 2]
-            xy = (seen @ cameras.K[j].T)[..., :2] / depth[..., None]
-            inside = (depth > 0) & (xy >= 0).all(-1) & (xy[..., 0] < width) & (xy[..., 1] < height)
-            x, y = torch.where(inside[..., None], xy, 0.0).long().unbind(-1)
-            floats = inside & (depth < (1 - MARGIN) * depths[j, y, x]) & (cleaned[i] < cleaned[j, y, x])
-            cleaned[i].masked_fill_(floats, 0.0)
-    return cleaned
+        seen = world[i] @ turns + shifts  # by every photo
+        depth = seen[..., 2]
+        x, y = ((seen @ cameras.K.transpose(1, 2))[..., :2] / depth[..., None]).unbind(-1)
+        inside = (depth > 0) & (x >= 0) & (y >= 0) & (x < width) & (y < height)
+        pixel = torch.where(inside, y.long() * width + x.long(), 0)
+        floats = inside & (depth < (1 - MARGIN) * depths.gather(1, pixel)) & (cleaned[i] < cleaned.gather(1, pixel))
+        floats[i] = False
+        cleaned[i].masked_fill_(floats.any(0), 0.0)
+    return cleaned.view_as(confidence)

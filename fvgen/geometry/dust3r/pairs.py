@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ class PairPrediction:
     points_second: Tensor
     confidence_second: Tensor
 
-    @property
+    @cached_property
     def score(self) -> float:
         """Product of both mean confidences; the pair with the highest score is trusted most."""
         return float(self.confidence_first.mean() * self.confidence_second.mean())
@@ -58,10 +59,14 @@ def neighbour_pairs(count: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def tf32_products() -> Iterator[None]:
-    """A GPU may round the inputs of float32 matrix products to TF32 inside the block, as the original does everywhere."""
+def float32_products(precision: str) -> Iterator[None]:
+    """How a GPU makes float32 matrix products inside the block, whatever the caller has chosen.
+
+    Args:
+        precision: "highest", or "high": their inputs may be rounded to TF32, as in the original everywhere.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -69,7 +74,7 @@ def tf32_products() -> Iterator[None]:
 
 
 @torch.no_grad()
-@tf32_products()
+@float32_products("high")
 def predict_pairs(
     network: Dust3rNetwork,
     images: Sequence[Tensor],

@@ -7,6 +7,9 @@ that the same axis is at (W / 2 + 0.5, H / 2 + 0.5). :func:`optical_axis` is the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,7 +71,13 @@ def camera_pose(points: Tensor, K: Tensor, mask: Tensor, iterations: int = 100) 
     SQPNP in RANSAC with 5 pixels of tolerance (OpenCV, whose draws are the same in every run), on the pixels in ``mask [H, W]``.
     None where fewer than four points are left or no pose is found.
     """
-    return _pnp(points, K, mask, iterations)[1]
+    return camera_poses([(points, K, mask)], iterations)[0]
+
+
+def camera_poses(views: Sequence[tuple[Tensor, Tensor, Tensor]], iterations: int = 100) -> list[Tensor | None]:
+    """:func:`camera_pose` of views (points, K, mask), side by side."""
+    seen = [_seen(points, mask) for points, _, mask in views]
+    return [pose for _, pose in _side_by_side(seen, [K for _, K, _ in views], iterations)]
 
 
 def pose_and_focal(points: Tensor, mask: Tensor, iterations: int = 10) -> tuple[Tensor, float] | None:
@@ -77,25 +86,36 @@ def pose_and_focal(points: Tensor, mask: Tensor, iterations: int = 10) -> tuple[
     21 focal lengths are tried, in equal ratios from half the long side to three times it.
     """
     size = (points.shape[0], points.shape[1])
-    best: tuple[int, Tensor | None, float] = (0, None, 0.0)
-    for focal in np.geomspace(max(size) / 2, 3 * max(size), FOCALS_TRIED).tolist():
-        inliers, pose = _pnp(points, intrinsics(focal, size), mask, iterations)
-        if pose is not None and inliers > best[0]:
-            best = (inliers, pose, focal)
-    return None if best[1] is None else (best[1], best[2])
+    focals = np.geomspace(max(size) / 2, 3 * max(size), FOCALS_TRIED).tolist()
+    tried = _side_by_side([_seen(points, mask)] * len(focals), [intrinsics(f, size) for f in focals], iterations)
+    found = [(inliers, pose, focal) for (inliers, pose), focal in zip(tried, focals, strict=True) if pose is not None]
+    if not found:
+        return None
+    _, pose, focal = max(found, key=lambda each: each[0])
+    return pose, focal
 
 
-def _pnp(points: Tensor, K: Tensor, mask: Tensor, iterations: int) -> tuple[int, Tensor | None]:
-    """Number of inliers, and the pose."""
+def _seen(points: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Points ``[N, 3]`` and pixels ``[N, 2]`` of a mask, float64."""
+    pixels = pixel_centres((points.shape[0], points.shape[1]), points.device)
+    return points[mask].double().cpu().numpy(), pixels[mask].cpu().numpy()
+
+
+def _side_by_side(
+    seen: Sequence[tuple[np.ndarray, np.ndarray]], Ks: Sequence[Tensor], iterations: int
+) -> list[tuple[int, Tensor | None]]:
+    """Number of inliers and pose of each view. OpenCV takes one core for each and does not hold Python up meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(partial(_pnp, iterations=iterations), seen, Ks))
+
+
+def _pnp(seen: tuple[np.ndarray, np.ndarray], K: Tensor, iterations: int) -> tuple[int, Tensor | None]:
     import cv2
 
-    if int(mask.sum()) < MIN_POINTS:
+    if len(seen[0]) < MIN_POINTS:
         return 0, None
-    points, mask = points.cpu(), mask.cpu()
-    pixels = pixel_centres((points.shape[0], points.shape[1]))[mask].numpy()
     found, rotation, translation, inliers = cv2.solvePnPRansac(
-        points[mask].double().numpy(),
-        pixels,
+        *seen,
         K.double().numpy(),
         None,
         iterationsCount=iterations,

@@ -23,8 +23,8 @@ from .alignment import (
     pose_code,
     scene_of_state,
 )
-from .pairs import PairPrediction, Progress, image_confidence
-from .pinhole import camera_pose, estimate_focal, intrinsics, pose_and_focal, transform
+from .pairs import PairPrediction, Progress, float32_products, image_confidence
+from .pinhole import camera_poses, estimate_focal, intrinsics, pose_and_focal
 
 POSE_CONFIDENCE = 3.0
 POSE_ITERATIONS = 10
@@ -39,17 +39,18 @@ def register(source: Tensor, target: Tensor, weights: Tensor) -> tuple[float, Te
 
 
 def _moments(source: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """``[16]`` float64: both means, the source's variance, the covariance of target and source, row by row."""
-    x, y = source.reshape(-1, 3).double(), target.reshape(-1, 3).double()
-    w = weights.reshape(-1, 1).double() / weights.double().sum()
-    mean_x, mean_y = (w * x).sum(0), (w * y).sum(0)
-    x, y = x - mean_x, y - mean_y
-    covariance = ((w * y)[:, :, None] * x[:, None]).sum(0)  # a product of such long matrices is slow on a GPU
-    return torch.cat([mean_x, mean_y, (w * x.square()).sum()[None], covariance.flatten()])
+    """``[4, 7]`` float64: weighted sums of the source's (x, y, z, 1) times (x, y, z of the source, x, y, z of the target, 1)."""
+    x, y, w = source.double(), target.double(), weights.double()[..., None]
+    one = torch.ones_like(w)
+    left, right = w * torch.cat([x, one], dim=-1), torch.cat([x, y, one], dim=-1)
+    return (left.transpose(-1, -2) @ right).reshape(-1, 4, 7).sum(0)  # one long product would be slow on a GPU
 
 
 def _similarity(moments: Tensor) -> tuple[float, Tensor, Tensor]:
-    mean_x, mean_y, variance, covariance = moments[:3], moments[3:6], moments[6], moments[7:].view(3, 3)
+    moments = moments / moments[3, 6]
+    mean_x, mean_y = moments[3, :3], moments[3, 3:6]
+    variance = moments[:3, :3].trace() - mean_x.square().sum()
+    covariance = moments[:3, 3:6].T - mean_y[:, None] * mean_x
     U, D, Vt = torch.linalg.svd(covariance)
     signs = torch.ones(3, dtype=torch.float64)
     signs[2] = torch.linalg.det(U @ Vt).sign()
@@ -107,17 +108,15 @@ def initial_state(
         if prediction.first not in focals:
             focals[prediction.first] = estimate_focal(prediction.points_first, limits=focal_limits)
     size = (points[0].shape[0], points[0].shape[1])
-    for i in range(count):
-        if i not in poses:
-            mask = image_confidence(predictions, i) > POSE_CONFIDENCE
-            if i in focals:
-                found = camera_pose(points[i], intrinsics(focals[i], size), mask, POSE_ITERATIONS)
-            else:
-                both = pose_and_focal(points[i], mask, POSE_ITERATIONS)
-                if both is None:
-                    raise UserError(f"no focal length of photo {i + 1} was found; predict pairs in both orders")
-                found, focals[i] = both
-            poses[i] = torch.eye(4, dtype=torch.float64) if found is None else found
+    masks = {i: image_confidence(predictions, i) > POSE_CONFIDENCE for i in range(count) if i not in poses}
+    for i in masks.keys() - focals.keys():
+        both = pose_and_focal(points[i], masks.pop(i), POSE_ITERATIONS)
+        if both is None:
+            raise UserError(f"no focal length of photo {i + 1} was found; predict pairs in both orders")
+        poses[i], focals[i] = both
+    views = [(points[i], intrinsics(focals[i], size), mask) for i, mask in masks.items()]
+    for i, pose in zip(masks, camera_poses(views, POSE_ITERATIONS), strict=True):
+        poses[i] = torch.eye(4, dtype=torch.float64) if pose is None else pose
     return _state(
         predictions, [points[i] for i in range(count)], [poses[i] for i in range(count)], [focals[i] for i in range(count)]
     )
@@ -150,6 +149,12 @@ def _chain(
     return points, poses, focals
 
 
+def _depth(pose: Tensor, points: Tensor) -> Tensor:
+    """z of world points ``[..., 3]`` in the frame of a camera."""
+    x, y, z, shift = invert_rigid(pose)[2].tolist()
+    return points[..., 0] * x + points[..., 1] * y + points[..., 2] * z + shift
+
+
 def _state(
     predictions: Sequence[PairPrediction], points: list[Tensor], poses: list[Tensor], focals: list[float]
 ) -> AlignmentState:
@@ -161,7 +166,7 @@ def _state(
         pair_poses.append(rigid(R, T / scale))
         logs.append(math.log(scale))
     unit = MEAN_PAIR_SCALE / math.exp(sum(logs) / len(logs))
-    depths = [transform(invert_rigid(pose), p)[..., 2] * unit for pose, p in zip(poses, points, strict=True)]
+    depths = [_depth(pose, p) * unit for pose, p in zip(poses, points, strict=True)]
     scaled = torch.stack(poses)
     scaled[:, :3, 3] *= unit
     pairs = torch.cat([pose_code(torch.stack(pair_poses)), torch.tensor(logs, dtype=torch.float64)[:, None]], dim=1)
@@ -174,6 +179,7 @@ def _state(
 
 
 @torch.inference_mode(False)
+@float32_products("highest")
 def aligned_scene(
     images: ImageSet,
     predictions: Sequence[PairPrediction],
