@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,12 +87,13 @@ def _alignment(device: str, rounds: int, quick: bool, say: Say) -> Iterator[dict
     say(f"alignment of {count} photos, {len(predictions)} pairs")
 
     def call() -> Any:
-        return aligned_scene(images, predictions, steps=steps)
+        fresh = [replace(p) for p in predictions]  # a prediction keeps its score once it is known
+        return aligned_scene(images, fresh, steps=steps)
 
     call()
     with GpuWatch(device) as watch:
         timing = Timing.of([time_once(call, device) for _ in range(rounds)], "perf_counter")
-    start_ms, start = _timed(lambda: initial_state(predictions, count), device)
+    start_ms, start = _timed(lambda: initial_state([replace(p) for p in predictions], count), device)
     objective = Objective(predictions)
     optimise_ms, (state, _) = _timed(lambda: optimise(start, objective, steps=steps), device)
     plain = PlainObjective(predictions)

@@ -30,11 +30,3 @@ def point_map_distance(
     of_own = cameras[..., :3].transpose(1, 2) @ of_world
     of_depths = (of_own[:, :2] * rays).sum(1) + of_own[:, 2]
     return loss, of_depths, _gradient(of_world, own), -_gradient(residual, points)
-
-
-def distance_alone(depths: Tensor, rays: Tensor, cameras: Tensor, motions: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """The loss as it is written down, for gradients by autograd."""
-    own = torch.cat([depths[:, None] * rays, depths[:, None]], dim=1)
-    world = cameras[..., :3] @ own + cameras[..., 3:]
-    moved = motions[..., :3] @ points + motions[..., 3:]
-    return ((world[:, None] - moved).norm(dim=2) * weights).sum()

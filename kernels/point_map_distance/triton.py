@@ -25,13 +25,6 @@ FLOOR = tl.constexpr(NO_DISTANCE)
 
 
 @triton.jit
-def _add(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11):
-    return (
-        a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9, a10 + b10, a11 + b11,
-    )  # fmt: skip
-
-
-@triton.jit
 def _moved(p_a, x, y, z):
     """A (x, y, z) + b of a motion ``[3, 4]``. b comes first: added last, its low bits are rounded the same way at every pixel."""
     u = tl.load(p_a + 3) + tl.load(p_a) * x + tl.load(p_a + 1) * y + tl.load(p_a + 2) * z
@@ -43,21 +36,18 @@ def _moved(p_a, x, y, z):
 @triton.jit
 def _store_sums(p_sums, blocks, u, v, w, x, y, z):
     """Sums over the pixels of (u, v, w) times (x, y, z, 1), one row of ``blocks`` numbers each."""
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11 = tl.reduce(
-        (u * x, u * y, u * z, u, v * x, v * y, v * z, v, w * x, w * y, w * z, w), 0, _add
-    )
-    tl.store(p_sums, s0)
-    tl.store(p_sums + blocks, s1)
-    tl.store(p_sums + 2 * blocks, s2)
-    tl.store(p_sums + 3 * blocks, s3)
-    tl.store(p_sums + 4 * blocks, s4)
-    tl.store(p_sums + 5 * blocks, s5)
-    tl.store(p_sums + 6 * blocks, s6)
-    tl.store(p_sums + 7 * blocks, s7)
-    tl.store(p_sums + 8 * blocks, s8)
-    tl.store(p_sums + 9 * blocks, s9)
-    tl.store(p_sums + 10 * blocks, s10)
-    tl.store(p_sums + 11 * blocks, s11)
+    tl.store(p_sums, tl.sum(u * x))
+    tl.store(p_sums + blocks, tl.sum(u * y))
+    tl.store(p_sums + 2 * blocks, tl.sum(u * z))
+    tl.store(p_sums + 3 * blocks, tl.sum(u))
+    tl.store(p_sums + 4 * blocks, tl.sum(v * x))
+    tl.store(p_sums + 5 * blocks, tl.sum(v * y))
+    tl.store(p_sums + 6 * blocks, tl.sum(v * z))
+    tl.store(p_sums + 7 * blocks, tl.sum(v))
+    tl.store(p_sums + 8 * blocks, tl.sum(w * x))
+    tl.store(p_sums + 9 * blocks, tl.sum(w * y))
+    tl.store(p_sums + 10 * blocks, tl.sum(w * z))
+    tl.store(p_sums + 11 * blocks, tl.sum(w))
 
 
 @triton.jit
