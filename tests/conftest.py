@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from tests import golden
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +20,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if found < needed:
             pytest.skip(f"needs {needed} CUDA device{'s' if needed > 1 else ''}, this machine has {found}")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def golden_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test that takes this compares on the CPU and on a GPU, with the same tolerances."""
+    with golden.on(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ def manifest(name: str) -> dict[str, Any]:
 
 def tensors(name: str, prefix: str = "") -> dict[str, Tensor]:
     """Tensors whose name starts with ``prefix``, without it."""
-    found = load_file(golden.path(GROUP, f"{name}.safetensors"))
+    found = load_file(golden.path(GROUP, f"{name}.safetensors"), device=golden.device())
     return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
 
@@ -52,9 +52,13 @@ def tiny_arguments() -> dict[str, Any]:
     }
 
 
-@cache
 def tiny_network() -> Dust3rNetwork:
-    return convert_dust3r(tensors("tiny_weights"), **tiny_arguments())
+    return _tiny_network(golden.device())
+
+
+@cache
+def _tiny_network(device: str) -> Dust3rNetwork:
+    return convert_dust3r(tensors("tiny_weights"), **tiny_arguments()).to(device)
 
 
 def assert_points_close(actual: Tensor, expected: Tensor) -> None:

@@ -29,6 +29,7 @@ def _start(values: dict[str, Tensor]) -> al.AlignmentState:
     return al.AlignmentState(values["init.im_poses"], values["init.im_focals"][:, 0], depths, values["init.pw_poses"])
 
 
+@pytest.mark.usefixtures("golden_device")
 def test_pose_parameters() -> None:
     values = reference.tensors("geometry", "pose_param.")
     found = al.pose_matrix(values["in"])
@@ -36,6 +37,7 @@ def test_pose_parameters() -> None:
     torch.testing.assert_close(al.pose_matrix(al.pose_code(found)), found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("scene", SCENES)
 def test_poses_of_the_start(scene: str) -> None:
     values = reference.tensors(scene)
@@ -47,14 +49,16 @@ def test_poses_of_the_start(scene: str) -> None:
     torch.testing.assert_close((state.focals / 20).exp(), values["init.focals"][:, 0])
 
 
+@pytest.mark.usefixtures("golden_device")
 def test_registration() -> None:
     values = reference.tensors("geometry", "registration.")
     scale, R, T = register(values["in.src"], values["in.dst"], values["in.weights"])
     assert scale == pytest.approx(float(values["scale"]), rel=1e-5)
-    torch.testing.assert_close(R.float(), values["R"], rtol=0.0, atol=1e-5)
-    torch.testing.assert_close(T.float(), values["T"], rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(R.float(), values["R"].cpu(), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(T.float(), values["T"].cpu(), rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("scene", SCENES)
 def test_start(scene: str) -> None:
     values = reference.tensors(scene)
@@ -68,6 +72,7 @@ def test_start(scene: str) -> None:
     torch.testing.assert_close(state.depths, expected, rtol=0.0, atol=5e-4)
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("scene", NOISY)
 def test_loss_and_gradients(scene: str) -> None:
     values = reference.tensors(scene)
@@ -83,12 +88,12 @@ def test_loss_and_gradients(scene: str) -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_cleaning(scene: str) -> None:
+def test_cleaning(scene: str, golden_device: str) -> None:
     """On the final state of the reference's linear run."""
     values = reference.tensors(scene)
     depths, poses, focals = (values[f"linear300.{k}"] for k in ("depth", "cam2world", "focals"))
     size = tuple(depths.shape[1:])
-    K = torch.stack([intrinsics(float(f), size) for f in focals])
+    K = torch.stack([intrinsics(float(f), size) for f in focals]).to(golden_device)
     points = torch.stack([unproject(*each) for each in zip(depths, K, poses, strict=True)]).float()
     predictions = _predictions(values)
     confidence = torch.stack([image_confidence(predictions, i) for i in range(len(points))])
@@ -106,17 +111,18 @@ def _relative(poses: Tensor) -> Tensor:
 RUNS = [(scene, "linear") for scene in SCENES] + [("align_3view_perfect", "cosine")]
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.slow
 @pytest.mark.parametrize(("scene", "schedule"), RUNS)
 def test_whole_run(scene: str, schedule: str) -> None:
     values, run = reference.tensors(scene), f"{schedule}300"
     noise = reference.manifest("manifest_alignment")["_summary"][f"{scene}.{run}"]["moves_by_when_inputs_perturbed_1e_minus_6"]
     rates = torch.tensor([al.learning_rate(n, 300, 0.01, schedule) for n in range(300)], dtype=torch.float64)
-    torch.testing.assert_close(rates, values[f"{run}.lrs"], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(rates, values[f"{run}.lrs"].cpu(), rtol=1e-6, atol=1e-12)
     state, losses = al.optimise(_start(values), al.Objective(_predictions(values)), schedule=schedule)
     if scene in NOISY:
         # In between the curve is chaotic: runs in float32 and in float64 differ by 5 % there, and by 2e-4 at step 20.
-        expected = values[f"{run}.losses"]
+        expected = values[f"{run}.losses"].cpu()
         torch.testing.assert_close(torch.tensor(losses[:20], dtype=torch.float64), expected[:20], rtol=1e-3, atol=0.0)
         assert abs(losses[-1] - expected[-1]) <= 2 * noise["loss_last_abs"]
     found = _relative(al.pose_matrix(state.poses))

@@ -32,6 +32,7 @@ def _check(maps: Any, values: dict[str, Tensor]) -> None:
         torch.testing.assert_close(result.confidence, values[confidence], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("case", [c for c in reference.cases("manifest_tiny") if c != CONFIG])
 def test_point_maps(case: str) -> None:
     training = "landscape_only on" in reference.manifest("manifest_tiny")[case]["description"]
@@ -43,6 +44,7 @@ def test_point_maps(case: str) -> None:
     _check(_run(reference.tiny_network(), values, training), values)
 
 
+@pytest.mark.usefixtures("golden_device")
 def test_every_intermediate() -> None:
     network, values = reference.tiny_network(), reference.tensors("tiny_landscape")
     seen: dict[str, Tensor] = {}

@@ -71,6 +71,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_block(name: str, case: str) -> None:
     entry = reference.manifest(FILE)[name]

@@ -12,6 +12,7 @@ from fvgen.models.key_map import PREFIXES, component_keys, ignored_reason, image
 from fvgen.models.reference_config import image_encoder_arguments, text_encoder_arguments
 from fvgen.models.tokenizer import PROMPT, tokenize
 from fvgen.utils.errors import UserError
+from tests import golden
 from tests.models import reference
 
 pytestmark = pytest.mark.golden
@@ -23,7 +24,7 @@ def _config(side: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def vision() -> ClipVisionTower:
+def vision(golden_device: str) -> ClipVisionTower:
     tower = ClipVisionTower(**image_encoder_arguments(_config("vision_cfg")))
     weights = reference.tensors(FILE, "vision.weights.model.")
     used = {k: weights[k] for k in weights if ignored_reason(PREFIXES["image_encoder"] + k) is None}
@@ -31,6 +32,7 @@ def vision() -> ClipVisionTower:
     return tower
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("skip_last", [0, 1])
 @torch.no_grad()
 def test_text(skip_last: int) -> None:
@@ -40,7 +42,7 @@ def test_text(skip_last: int) -> None:
     tower = ClipTextTower(**arguments, skip_last=skip_last)
     weights = {k.removeprefix("weights.model."): v for k, v in values.items() if k.startswith("weights.")}
     weights = {k: v for k, v in weights.items() if ignored_reason(PREFIXES["text_encoder"] + k, blocks) is None}
-    table = torch.zeros_like(tower.token_embedding.weight)
+    table = torch.zeros_like(tower.token_embedding.weight, device=golden.device())
     table[values["token_embedding_ids"]] = values["token_embedding_rows"]
     reference.load(tower, text_encoder_key_map(tower), weights | {"token_embedding.weight": table})
     expected = values["output_penultimate" if skip_last else "output_last"]
@@ -59,7 +61,9 @@ def test_token_ids() -> None:
 
 def _image(case: str) -> Tensor:
     values = reference.tensors(FILE, f"vision.{case}.")
-    return values["image_u8"].float() / 255 * 2 - 1 if "image_u8" in values else torch.zeros(1, 3, 224, 224)
+    return (
+        values["image_u8"].float() / 255 * 2 - 1 if "image_u8" in values else torch.zeros(1, 3, 224, 224, device=golden.device())
+    )
 
 
 CASES = [c.removeprefix("vision.") for c in reference.cases(FILE, ".output", "vision.")]
@@ -72,6 +76,7 @@ def test_vision(vision: ClipVisionTower, case: str) -> None:
     reference.assert_close(vision(_image(case)), expected["output"], reference.tolerances(ROW)[0])
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("case", CASES)
 def test_preprocessing(case: str) -> None:
     expected, atol = reference.tensors(FILE, f"vision.{case}."), reference.tolerances(ROW)[0]

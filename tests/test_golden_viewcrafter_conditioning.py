@@ -19,7 +19,7 @@ SPACINGS = {"uniform_trailing": "trailing"}
 
 
 @pytest.fixture(scope="module")
-def networks() -> tuple[VideoUNet, nn.Module, nn.Module]:
+def networks(golden_device: str) -> tuple[VideoUNet, nn.Module, nn.Module]:
     return tiny_unet(), tiny_vae(), image_projector(FILE, "image_proj_model.", "resampler_config")
 
 

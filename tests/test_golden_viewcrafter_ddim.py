@@ -19,7 +19,7 @@ SPACINGS = {"uniform_trailing": "trailing"}
 
 
 @pytest.fixture(scope="module")
-def unet() -> VideoUNet:
+def unet(golden_device: str) -> VideoUNet:
     return tiny_unet()
 
 
@@ -65,7 +65,7 @@ def test_run(unet: VideoUNet, run: str, batched: bool) -> None:
             reference.assert_close(x0.float() * float(_schedule().scale[times[i + 1]]), expected["pred_x0"][i], atol)
 
 
-def test_no_nan_where_the_reference_has_one(unet: VideoUNet) -> None:
+def test_no_nan_where_the_reference_has_one(unet: VideoUNet, golden_device: str) -> None:
     values = reference.tensors(FILE, "input.")
     condition = Condition(values["concat_latent"], values["context_cond"], values["context_uncond"], values["fs"])
     for steps, was_nan in reference.manifest(FILE)["reference_gives_nan_at_eta1_uniform_trailing"].items():
@@ -76,7 +76,7 @@ def test_no_nan_where_the_reference_has_one(unet: VideoUNet) -> None:
                 _schedule(),
                 condition,
                 values["x_T"].shape,
-                lambda shape, g=generator: torch.randn(tuple(shape), generator=g),
+                lambda shape, g=generator: torch.randn(tuple(shape), generator=g).to(golden_device),
                 steps=int(steps),
             )
             assert final.isfinite().all()

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.golden
 ROW = "`resampler`"
 
 
+@pytest.mark.usefixtures("golden_device")
 @pytest.mark.parametrize("name", reference.cases("resampler", ".output"))
 @torch.no_grad()
 def test_output_and_branches(name: str) -> None:

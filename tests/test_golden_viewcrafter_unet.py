@@ -18,7 +18,7 @@ ATOL_ROW, GRAD_ROW = "`unet_tiny` outputs", "`unet_tiny` gradients"
 
 
 @pytest.fixture(scope="module")
-def unet() -> VideoUNet:
+def unet(golden_device: str) -> VideoUNet:
     return tiny_unet()
 
 

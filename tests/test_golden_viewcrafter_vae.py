@@ -16,7 +16,7 @@ ROW = "`vae_tiny`"
 
 
 @pytest.fixture(scope="module")
-def vae() -> nn.Module:
+def vae(golden_device: str) -> nn.Module:
     return tiny_vae()
 
 
@@ -25,7 +25,7 @@ def _close(actual: Tensor, name: str) -> None:
 
 
 @torch.no_grad()
-def test_encode(vae: nn.Module) -> None:
+def test_encode(vae: nn.Module, golden_device: str) -> None:
     inputs = reference.tensors("vae_tiny", "input.")
     distribution = vae.encode(inputs["image"]).latent_dist
     _close(distribution.parameters, "output.moments")
@@ -34,7 +34,9 @@ def test_encode(vae: nn.Module) -> None:
     _close(distribution.std, "output.std")
     _close(posterior(distribution.parameters), "output.mode")
     _close(posterior(distribution.parameters, inputs["posterior_noise"]), "output.sample")
-    torch.testing.assert_close(distribution.kl(), reference.tensors("vae_tiny", "output.kl")[""], rtol=1e-6, atol=0)
+    # a sum of squares of the moments, which other kernels may round otherwise within their tolerance
+    rtol = 1e-6 if golden_device == "cpu" else 1e-5
+    torch.testing.assert_close(distribution.kl(), reference.tensors("vae_tiny", "output.kl")[""], rtol=rtol, atol=0)
 
 
 @torch.no_grad()

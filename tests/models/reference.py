@@ -27,7 +27,7 @@ def tensors(name: str, prefix: str = "") -> dict[str, Tensor]:
     with safe_open(golden.path(GROUP, f"{name}.safetensors"), "pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             if key.startswith(prefix):
-                value = file.get_tensor(key)
+                value = file.get_tensor(key).to(golden.device())
                 found[key[len(prefix) :]] = value.float() if value.dtype == torch.bfloat16 else value
     return found
 
@@ -56,7 +56,7 @@ def keys_of(name: str, *path: str) -> list[str]:
 def load(module: nn.Module, names: dict[str, str], weights: dict[str, Tensor]) -> nn.Module:
     """Strict load of reference weights."""
     module.load_state_dict(convert_keys(weights, names, module), strict=True)
-    return module.eval()
+    return module.eval().to(golden.device())
 
 
 def tolerances(row: str) -> list[float]:
