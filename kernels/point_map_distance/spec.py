@@ -58,7 +58,9 @@ def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     of_depths, of_cameras, of_motions = ctx.saved_tensors
     return grad * of_depths, None, grad * of_cameras, grad * of_motions, None, None
 
