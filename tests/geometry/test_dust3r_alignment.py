@@ -10,7 +10,7 @@ import torch
 from fvgen.geometry.conventions import invert_rigid, rigid
 from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pose_matrix
 from fvgen.geometry.dust3r.clean import cleaned_confidence
-from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs
+from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs, float32_products
 from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
 from fvgen.geometry.dust3r.spanning_tree import aligned_scene, initial_state, register, spanning_tree
 from fvgen.geometry.se3 import so3_exp
@@ -119,6 +119,52 @@ def test_a_floating_point_is_cleaned_away() -> None:
     assert (cleaned == 0).nonzero().tolist() == [[0, 5, 7]]
 
 
+def test_cleaning_is_that_of_one_point_after_the_other() -> None:
+    """Three photos of scattered depths; a photo's points are judged after those of the photos before it."""
+    generator = torch.Generator().manual_seed(0)
+    poses, _ = _world()
+    K = intrinsics(FOCAL, SIZE)
+    depths = 3 + torch.rand(3, *SIZE, generator=generator, dtype=torch.float64)
+    points = torch.stack([unproject(d, K, pose) for d, pose in zip(depths, poses, strict=True)])
+    confidence = 1 + torch.rand(3, *SIZE, generator=generator, dtype=torch.float64)
+    expected, inverses = confidence.clone(), [torch.linalg.inv(pose) for pose in poses]
+    for i in range(3):
+        for j in {0, 1, 2} - {i}:
+            for row in range(SIZE[0]):
+                for column in range(SIZE[1]):
+                    x, y, z = (inverses[j][:3, :3] @ points[i, row, column] + inverses[j][:3, 3]).tolist()
+                    u, v = FOCAL * x / z + float(K[0, 2]), FOCAL * y / z + float(K[1, 2])
+                    if z <= 0 or not (0 <= u < SIZE[1] and 0 <= v < SIZE[0]):
+                        continue
+                    there = int(v), int(u)
+                    if z < 0.999 * depths[j][there] and expected[i, row, column] < expected[j][there]:
+                        expected[i, row, column] = 0
+    cleaned = cleaned_confidence(points, Cameras(torch.stack([K] * 3), poses, SIZE), confidence)
+    assert 0.05 < float((expected == 0).double().mean()) < 0.95
+    assert torch.equal(cleaned, expected)
+
+
+def test_pose_of_a_quaternion_of_any_length() -> None:
+    from scipy.spatial.transform import Rotation
+
+    generator = torch.Generator().manual_seed(0)
+    code = 3 * torch.randn(20, 7, generator=generator, dtype=torch.float64)
+    found = pose_matrix(code)
+    torch.testing.assert_close(found[:, :3, :3], torch.from_numpy(Rotation.from_quat(code[:, :4].numpy()).as_matrix()))
+    torch.testing.assert_close(found[:, :3, 3], code[:, 4:].sign() * (code[:, 4:].abs().exp() - 1))
+    assert torch.autograd.gradcheck(lambda c: pose_matrix(c)[:, :3], code[:4].requires_grad_())
+
+
+def test_products_are_made_as_asked_for() -> None:
+    before = torch.get_float32_matmul_precision()
+    with float32_products("high"):
+        assert torch.get_float32_matmul_precision() == "high"
+        with float32_products("highest"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
 def _noisy() -> tuple[AlignmentState, list[PairPrediction]]:
     """A start on the CPU at which no residual is zero."""
     generator = torch.Generator().manual_seed(0)
@@ -155,8 +201,9 @@ def test_alignment_takes_gradients_where_the_caller_takes_none() -> None:
 
 
 @pytest.mark.gpu
-def test_a_recorded_step_is_the_same_step() -> None:
+def test_a_recorded_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, and again the next time; and the loss of the CPU while the steps have not diverged."""
+    monkeypatch.setenv("FVGEN_KERNELS", "strict")
     start, predictions = _noisy()
     on_gpu, objective = start.to("cuda"), Objective([p.to("cuda") for p in predictions])
     runs = [optimise(on_gpu, objective, steps=40, recorded=recorded) for recorded in (True, False, True)]
