@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fvgen.geometry.conventions import invert_rigid, rigid
-from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pose_matrix
+from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pose_code, pose_matrix
 from fvgen.geometry.dust3r.clean import cleaned_confidence
 from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs, float32_products
 from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
@@ -189,6 +189,21 @@ def test_the_first_step_goes_down_by_the_rate() -> None:
         clear = gradient.abs() > 1e-5  # Adam's epsilon does not count there
         expected = -0.01 * gradient.sign()
         torch.testing.assert_close((after - before).detach()[clear], expected[clear], rtol=2e-3, atol=1e-6)
+
+
+def test_points_that_agree_to_the_bit_and_are_very_sure() -> None:
+    """A weight above 4 over a distance of zero was infinite, and everything NaN after the first step."""
+    eye = torch.eye(4, dtype=torch.float64)
+    points = unproject(torch.full(SIZE, 4.0), intrinsics(32.0, SIZE), eye).float()
+    sure = torch.full(SIZE, 1000.0)
+    predictions = [PairPrediction(i, j, points, sure, points, sure) for i, j in complete_pairs(2)]
+    code = pose_code(eye.repeat(2, 1, 1)).float()
+    start = AlignmentState(
+        code, 20 * torch.full((2,), 32.0).log(), torch.full((2, *SIZE), 2.0).log(), torch.cat([code, torch.zeros(2, 1)], dim=1)
+    )
+    state, losses = optimise(start, Objective(predictions), steps=3)
+    assert losses[0] < 1e-5
+    assert all(bool(p.isfinite().all()) for p in state.parameters())
 
 
 def test_alignment_takes_gradients_where_the_caller_takes_none() -> None:

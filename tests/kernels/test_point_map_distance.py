@@ -108,10 +108,10 @@ def on_a_gpu(given: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [c.name for c in SPEC.cases] + ["8_photos_288x512"])
 def test_as_exact_as_pytorch(case, monkeypatch):
-    """Against float64 from the same float32 inputs: at most 1.5 times the error of plain PyTorch on the GPU.
+    """Against float64 from the same float32 inputs: at most 1.5 times the error of plain PyTorch on the GPU, in the Euclidean norm.
 
-    A distance of a tenth between points three units away is known to 2e-6 in float32; plain PyTorch may be luckier than that, so
-    2e-6 comes on top.
+    The largest error is that of the smallest distance, and chance. A distance of a tenth between points three units away is known
+    to 2e-6 in float32; for few pixels plain PyTorch may be luckier than that, so 2e-6 comes on top.
     """
     make = next(c.make for c in (*SPEC.cases, *SPEC.benchmarks) if c.name == case)
     given = dict(zip(NAMES, make("cuda", torch.float32), strict=True))
@@ -120,7 +120,7 @@ def test_as_exact_as_pytorch(case, monkeypatch):
     plain = evaluated(point_map_distance, given)
     exact = evaluated(point_map_distance, {n: x.double() for n, x in given.items()})
     for name, f, p, e in zip(("loss", *MOVED), found, plain, exact, strict=True):
-        error, of_pytorch = largest_error(f, e), largest_error(p, e)
+        error, of_pytorch = (float((x.double() - e).norm() / e.norm().clamp(min=1e-30)) for x in (f, p))
         assert error <= 1.5 * of_pytorch + 2e-6, f"{name}: error {error:.2e}, plain PyTorch's {of_pytorch:.2e}"
 
 
