@@ -108,7 +108,7 @@ def on_a_gpu(given: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [c.name for c in SPEC.cases] + ["8_photos_288x512"])
 def test_as_exact_as_pytorch(case, monkeypatch):
-    """Against float64 from the same float32 inputs: at most 1.5 times the error of plain PyTorch on the GPU, in the Euclidean norm.
+    """Against float64 from the same float32 inputs: at most 1.5 times the error of plain PyTorch, in the Euclidean norm.
 
     The largest error is that of the smallest distance, and chance. A distance of a tenth between points three units away is known
     to 2e-6 in float32; for few pixels plain PyTorch may be luckier than that, so 2e-6 comes on top.
