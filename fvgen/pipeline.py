@@ -20,7 +20,7 @@ from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
 from fvgen.geometry.trajectory import Trajectory, next_view_targets, parse_trajectory, target_cameras
 from fvgen.io import read_cameras, read_images
 from fvgen.render import put_photos, render_scene
-from fvgen.sampling import ModelSampler
+from fvgen.sampling import ModelSampler, choose_sampling
 from fvgen.types import Cameras, ImageSet, RenderClip, Scene, VideoClip
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
@@ -29,7 +29,6 @@ from fvgen.workers import Workers
 
 Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("tiny", "tiny_teacher")}
-SAMPLERS = ("few_step", "teacher")
 MAX_FRAMES = 64  # generated together
 BATCH_PIXELS = 4 * 16 * 320 * 512  # of all clips generated together: more at once is hardly faster and takes more memory
 
@@ -229,8 +228,8 @@ class FVGenPipeline:
         cameras: Cameras | str | os.PathLike[str] | None = None,
         trajectory: str | Trajectory = "smooth",
         num_frames: int = 16,
-        steps: int = 4,
-        sampler: str = "few_step",
+        steps: int | None = None,
+        sampler: str | None = None,
         seed: int = 0,
         callback: Progress | None = None,
         clips_at_once: int | None = None,
@@ -240,8 +239,9 @@ class FVGenPipeline:
 
         Args:
             images, cameras, trajectory, num_frames: see :func:`prepare`.
-            steps: network calls per clip ("few_step") or DDIM steps ("teacher": two calls per step if guided).
-            sampler: "few_step" or "teacher".
+            steps: network calls per clip ("few_step") or DDIM steps ("teacher": two calls per step if guided); None = what the
+                model was made for, see :func:`fvgen.sampling.choose_sampling`.
+            sampler: "few_step" or "teacher"; None = what the model was made for.
             seed: of the sampling noise.
             callback: called with (stage, fraction in [0, 1]).
             clips_at_once: segments of one length that are generated together; None = as many as make ``BATCH_PIXELS``.
@@ -251,8 +251,8 @@ class FVGenPipeline:
         Raises:
             UserError: bad input; the message says what to do.
         """
-        check_sampling(sampler, steps)
         index = self.bundle.index
+        sampler, steps = choose_sampling(index, sampler, steps)
         how: dict[str, Any] = {"compositor": index.compositor, "estimator": self.estimator}
         among = workers or Workers()
         prepared = among.share(
@@ -266,15 +266,15 @@ class FVGenPipeline:
     def generate(
         self,
         prepared: Prepared,
-        steps: int = 4,
-        sampler: str = "few_step",
+        steps: int | None = None,
+        sampler: str | None = None,
         seed: int = 0,
         callback: Progress | None = None,
         clips_at_once: int | None = None,
         workers: Workers | None = None,
     ) -> Result:
         """Cleans and completes the renders; arguments as in :meth:`__call__`."""
-        check_sampling(sampler, steps)
+        sampler, steps = choose_sampling(self.bundle.index, sampler, steps)
         check_segments(prepared.segments)
         watch = Stopwatch(self.device, callback)
         if self._sampler is None:
@@ -369,14 +369,6 @@ def find_model(name_or_dir: str | os.PathLike[str]) -> Path:
     if str(name_or_dir) in BUNDLED:
         raise UserError(f"this installation lacks the bundled model {name_or_dir}; install fvgen again or give a model directory")
     raise UserError(f"there is no model {str(name_or_dir)!r}; use {', '.join(BUNDLED)} or the path of a model directory")
-
-
-def check_sampling(sampler: str, steps: int) -> None:
-    """Raises UserError for an unknown sampler or a number of steps that makes no sense."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler {sampler!r}; use {' or '.join(SAMPLERS)}")
-    if not 1 <= steps <= 1000:
-        raise UserError(f"the number of steps must be between 1 and 1000, not {steps}")
 
 
 def check_segments(segments: Sequence[range]) -> None:

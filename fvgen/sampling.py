@@ -17,8 +17,12 @@ from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.inference.clip import ClipEngine, ClipGraph, Conditioned
 from fvgen.inference.parts import EngineCodec, engine_predictor
 from fvgen.models.bundle import ModelBundle
+from fvgen.models.spec import ModelIndex
 from fvgen.types import Condition
+from fvgen.utils.errors import UserError
 
+SAMPLERS = {"few_step": 4, "teacher": 50}  # and the steps with a model that was made for the other one
+_MADE_FOR = {"few_step": "few_step", "ddim": "teacher"}  # by the sampler in a model's index
 GRAPHS = 2  # recorded clips that are kept: each holds the memory of a clip's activations
 
 
@@ -154,3 +158,26 @@ class ModelSampler:
     def reconstruct(self, frames: Tensor) -> Tensor:
         """Frames ``[B, T, 3, H, W]`` in [0, 1] through the VAE and back: the best any sampler could do."""
         return self.codec.decode(self.codec.encode(frames))
+
+
+def choose_sampling(index: ModelIndex, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
+    """Sampler and steps of a clip: what is given, else what the model was made for.
+
+    Args:
+        index: of the model.
+        sampler: "few_step" or "teacher"; None = the model's.
+        steps: None = the model's with its own sampler, with the other one 4 ("few_step") or 50 ("teacher").
+
+    Raises:
+        UserError: an unknown sampler, or a number of steps that makes no sense.
+    """
+    own = _MADE_FOR.get(index.sampler)
+    if own is None and sampler is None:
+        raise UserError(f"the model was made for an unknown sampler {index.sampler!r}; choose {' or '.join(SAMPLERS)}")
+    chosen = sampler or str(own)
+    if chosen not in SAMPLERS:
+        raise UserError(f"unknown sampler {chosen!r}; use {' or '.join(SAMPLERS)}")
+    count = steps if steps is not None else index.steps if chosen == own else SAMPLERS[chosen]
+    if not 1 <= count <= 1000:
+        raise UserError(f"the number of steps must be between 1 and 1000, not {count}")
+    return chosen, count

@@ -9,6 +9,7 @@ from fvgen.geometry.coincide import coincident_photos
 from fvgen.models.bundle import ModelBundle
 from fvgen.pipeline import FVGenPipeline, batch_seed, batches, check_segments, find_model, nearest_aspect, prepare
 from fvgen.recipes.presets import get_preset
+from fvgen.sampling import choose_sampling
 from fvgen.types import Cameras, ImageSet
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
@@ -47,6 +48,43 @@ def test_same_video_from_same_seed(pipeline: FVGenPipeline, photos: tuple[ImageS
     assert stages == ["read", "geometry", "path", "render", "encode", "sample", "decode"]
     assert all(0 <= fraction <= 1 for _, fraction in seen)
     assert list(first.timings) == stages
+
+
+@pytest.mark.parametrize(
+    ("made_for", "given", "used"),
+    [
+        (("few_step", 4), (None, None), ("few_step", 4)),
+        (("few_step", 8), (None, None), ("few_step", 8)),
+        (("ddim", 50), (None, None), ("teacher", 50)),
+        (("ddim", 30), ("teacher", None), ("teacher", 30)),
+        (("ddim", 30), (None, 7), ("teacher", 7)),
+        (("ddim", 30), ("few_step", None), ("few_step", 4)),
+        (("few_step", 8), ("teacher", None), ("teacher", 50)),
+        (("few_step", 4), ("teacher", 9), ("teacher", 9)),
+        (("later", 5), ("few_step", 3), ("few_step", 3)),
+    ],
+)
+def test_sampler_and_steps(made_for: tuple[str, int], given: tuple[str | None, int | None], used: tuple[str, int]) -> None:
+    index = replace(get_preset("tiny").index, sampler=made_for[0], steps=made_for[1])
+    assert choose_sampling(index, *given) == used
+
+
+def test_a_teacher_is_sampled_as_one(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]) -> None:
+    """Its own steps, guided: two calls of the network each."""
+    index = replace(pipeline.bundle.index, sampler="ddim", steps=3, guidance_scale=7.5)
+    teacher = FVGenPipeline(replace(pipeline.bundle, index=index))
+    prepared = prepare(*photos, trajectory="orbit:deg=3", num_frames=2, size=(40, 64))
+    calls: list[int] = []
+    handle = pipeline.bundle.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        default = teacher.generate(prepared).video.rgb
+        assert len(calls) == 6
+        assert torch.equal(default, teacher.generate(prepared, 3, "teacher").video.rgb)
+        few = teacher.generate(prepared, sampler="few_step").video.rgb
+        assert len(calls) == 2 * 6 + 4
+    finally:
+        handle.remove()
+    assert torch.equal(few, pipeline.generate(prepared).video.rgb)
 
 
 def test_segments_of_unequal_length(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]) -> None:
@@ -100,6 +138,8 @@ def test_bad_arguments(pipeline: FVGenPipeline, photos: tuple[ImageSet, Cameras]
     for call in (
         lambda: pipeline(*photos, sampler="magic"),
         lambda: pipeline(*photos, steps=0),
+        lambda: choose_sampling(replace(get_preset("tiny").index, sampler="later")),
+        lambda: choose_sampling(replace(get_preset("tiny").index, steps=0)),
         lambda: prepare(*photos, num_frames=1),
         lambda: prepare(*photos, num_frames=65),
         lambda: prepare(*photos, trajectory="nowhere"),

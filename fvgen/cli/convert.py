@@ -94,9 +94,7 @@ def _convert_viewcrafter(arguments: argparse.Namespace) -> None:
     index = bundle.index
     print(f"model      {output}, {sum(bundle.parameter_counts().values()):,} parameters in {str(dtype).removeprefix('torch.')}")
     print(f"from       {source}")
-    print(
-        f"clips      {index.frames} frames, {index.width}x{index.height}; a teacher: use --sampler teacher --steps {index.steps}"
-    )
+    print(f"clips      {index.frames} frames, {index.width}x{index.height}; a teacher of {index.steps} guided steps")
 
 
 def _checkpoint(path: str) -> Path:

@@ -16,7 +16,8 @@ from fvgen.explore import explore, joined
 from fvgen.geometry.trajectory import parse_trajectory
 from fvgen.io import read_images
 from fvgen.models.bundle import read_index
-from fvgen.pipeline import FVGenPipeline, Photos, Prepared, check_sampling, find_model, nearest_aspect
+from fvgen.pipeline import FVGenPipeline, Photos, Prepared, find_model, nearest_aspect
+from fvgen.sampling import choose_sampling
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Stopwatch
@@ -38,6 +39,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
     among = among or Workers(device=choose_device(arguments.device))
     photo_sizes, model, truth = among.share(lambda: _check(arguments, among.world))
     index = read_index(model)
+    arguments.sampler, arguments.steps = choose_sampling(index, arguments.sampler, arguments.steps)  # for the report, too
     with Stages() if among.main else nullcontext() as stages:
         import torch
 
@@ -82,10 +84,13 @@ def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, i
     frames = count_frames(arguments)
     if arguments.then:
         _check_then(arguments, world)
-    check_sampling(arguments.sampler, arguments.steps)
     model = find_model(arguments.model)
+    index = read_index(model)
+    sampler, _ = choose_sampling(index, arguments.sampler, arguments.steps)
+    if arguments.fast and sampler != "few_step":
+        raise UserError(f"--fast shortens the few-step sampler, not the {sampler}'s; leave it out or add --sampler few_step")
     truth = true_frames(arguments, frames)
-    check_resources(arguments, photo_sizes, frames, nearest_aspect(read_index(model).sizes(), photo_sizes[0]))
+    check_resources(arguments, photo_sizes, frames, nearest_aspect(index.sizes(), photo_sizes[0]))
     return photo_sizes, model, truth
 
 

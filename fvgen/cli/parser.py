@@ -44,13 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="tiny or its tiny_teacher (bundled), or a model directory (default: tiny)",
     )
     generate.add_argument(
-        "--steps", type=whole(1, 1000), default=4, metavar="N", help="sampling steps per clip (default: 4; teacher: try 50)"
+        "--steps",
+        type=whole(1, 1000),
+        metavar="N",
+        help="sampling steps per clip (default: what the model was made for: 4 for tiny, 50 for a teacher)",
     )
     generate.add_argument(
         "--sampler",
         choices=("few_step", "teacher"),
-        default="few_step",
-        help="few_step for a distilled model, teacher for DDIM with guidance (default: few_step)",
+        help="few_step for a distilled model, teacher for DDIM with the model's guidance (default: what the model was made for)",
     )
     generate.add_argument(
         "--fast", action="store_true", help="few_step: approximate every second step, quicker and a little less exact"

@@ -81,6 +81,8 @@ GENERATE = {
     "many steps": ("--steps: must be", "{a} {b} --steps 1001"),
     "sampler": ("--sampler: invalid choice", "{a} {b} --sampler magic"),
     "model": ("there is no model 'huge'", "{a} {b} --model huge"),
+    "fast teacher": ("--fast shortens the few-step sampler", "{a} {b} --fast --sampler teacher"),
+    "fast teacher, unsaid": ("--fast shortens the few-step sampler", "{a} {b} --fast --model tiny_teacher"),
 }
 RENDER = {
     "no size": ("--size: must be", "{a} {b} --size 0x0"),

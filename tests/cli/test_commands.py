@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -77,6 +78,29 @@ def test_teacher_and_truth(fvgen: Run, scene: Photos, model: str, report: Report
     assert scores["frames"] == [1]
     assert {"generated", "render", "nearer_photo", "generated_covered", "render_covered"} <= set(scores)
     assert scores["render_covered"]["mean"] > max(25, scores["nearer_photo"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ([], ("teacher", 3)),
+        (["--steps", 2], ("teacher", 2)),
+        (["--sampler", "few_step"], ("few_step", 4)),
+        (["--sampler", "teacher", "--steps", 3], ("teacher", 3)),
+    ],
+)
+def test_a_model_is_sampled_as_it_was_made_for(
+    fvgen: Run, scene: Photos, model: str, report: Report, tmp_path: Path, options: list[object], used: tuple[str, int]
+) -> None:
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    shutil.copytree(model, teacher)
+    index = json.loads((teacher / "model_index.json").read_text())
+    (teacher / "model_index.json").write_text(json.dumps({**index, "sampler": "ddim", "steps": 3}))
+    command = ["generate", *scene.photos[:2], "--cameras", scene.cameras, "--frames", 2, "--model", teacher, *options]
+    status, _, err = fvgen(*command, "--output", out)
+    assert status == 0, err
+    arguments = report(out)["arguments"]
+    assert (arguments["sampler"], arguments["steps"]) == used
 
 
 def test_render_into_true_cameras(fvgen: Run, scene: Photos, report: Report, tmp_path: Path) -> None:
