@@ -256,9 +256,7 @@ class FVGenPipeline:
         how: dict[str, Any] = {"compositor": index.compositor, "estimator": self.estimator}
         among = workers or Workers()
         prepared = among.share(
-            lambda: _portable(
-                prepare(images, cameras, trajectory, num_frames, index.sizes(), self.device, callback, **how), among.world > 1
-            )
+            lambda: prepare(images, cameras, trajectory, num_frames, index.sizes(), self.device, callback, **how)
         )
         return self.generate(prepared, steps, sampler, seed, callback, clips_at_once, workers)
 
@@ -294,8 +292,6 @@ class FVGenPipeline:
                     made.append(graph(clip, model.clip_noise(clip.shape, steps, noise)).clone())
         elif clips:
             made = self._by_stages(model, clips, sampler, steps, noises, watch)
-        if among.world > 1:
-            made = [clip.cpu() for clip in made]
         found = among.gather(dict(zip(mine, made, strict=True)))
         frames = [clip for i in range(len(parts)) for clip in found[i].unbind(0)]
         video = torch.cat([frames[0], *(f[1:] for f in frames[1:])])  # neighbours share a frame
@@ -350,15 +346,6 @@ def batches(segments: Sequence[range], size: tuple[int, int], clips_at_once: int
 def batch_seed(seed: int, number: int) -> int:
     """The seed of a batch's noise: the first has that of the video."""
     return (seed + number * 0x9E3779B97F4A7C15) % 2**63
-
-
-def _portable(prepared: Prepared, needed: bool) -> Prepared:
-    """On the CPU, where that is needed, so that it can be sent to other processes."""
-    if not needed:
-        return prepared
-    renders = prepared.renders
-    parts = {name: getattr(renders, name).cpu() for name in ("rgb", "depth", "coverage")}
-    return replace(prepared, renders=RenderClip(**parts, cameras=renders.cameras.to("cpu")))
 
 
 def find_model(name_or_dir: str | os.PathLike[str]) -> Path:

@@ -33,33 +33,32 @@ class Workers:
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns in the first process, in all of them. Tensors have to be on the CPU.
+        """What ``make`` returns in the first process, in all of them; tensors of a GPU arrive on the GPU of each.
 
         Raises:
             SystemExit: in the others, where ``make`` failed in the first, which says why.
         """
         if self.world == 1:
             return make()
-        import torch.distributed as dist
+        from fvgen.utils.exchange import broadcast
 
-        held: list[Any] = [None]
+        held = None
         try:
             if self.main:
-                held = [make()]
+                held = (make(),)
         finally:
-            dist.broadcast_object_list(held, src=0)
-        if held[0] is None:
+            held = broadcast(held, 0, self.device)
+        if held is None:
             raise SystemExit(2)
         return held[0]
 
     def gather(self, mine: dict[int, Any]) -> dict[int, Any]:
-        """The entries of all processes, in all of them."""
+        """The entries of all processes, in all of them; tensors as with :meth:`share`. Returns when all have come here."""
         if self.world == 1:
             return mine
-        import torch.distributed as dist
+        from fvgen.utils.exchange import broadcast
 
-        parts: list[dict[int, Any]] = [{}] * self.world
-        dist.all_gather_object(parts, mine)
+        parts = [broadcast(mine, source, self.device) for source in range(self.world)]
         return {key: value for part in parts for key, value in part.items()}
 
 
@@ -67,7 +66,7 @@ class Workers:
 def workers(device: str) -> Iterator[Workers]:
     """Joins the processes that a launcher started; alone without one.
 
-    What they exchange goes through the processors' memory (gloo): it is little beside the work, and the same everywhere.
+    What is on the CPU they exchange by gloo, and what is on their GPUs by NCCL.
 
     Args:
         device: "cpu" or "cuda"; each process takes the GPU of its local rank.
@@ -91,7 +90,7 @@ def workers(device: str) -> Iterator[Workers]:
             raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start fewer")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     try:
         yield Workers(rank, world, device)
     finally:

@@ -185,7 +185,7 @@ def _clips(
     ]
     records += peak(f"clip_{named(model, batch)}_peak_gb", what, watch.facts["peak_memory_bytes"])
     if batch == VIEWS_BATCH and model.index.frames == VIEWS_FRAMES:
-        records.append({"name": _short("views56", model), **facts, **memory, "unit": "s", **timing.seconds()})
+        records.append({"name": short_name("views56", model), **facts, **memory, "unit": "s", **timing.seconds()})
     return records
 
 
@@ -198,14 +198,14 @@ def _fast_clip(
     return {"name": f"clip_{named(model, batch)}_fast_ms", **facts, "stage": "fast clip", "unit": "ms", **timing.fields()}
 
 
-def _short(figure: str, model: BenchModel) -> str:
+def short_name(figure: str, model: BenchModel) -> str:
     """A figure in seconds that is quoted for the 320 x 512 preset, whose size its name leaves out."""
     return f"{figure}_s" if model.tag == "512" else f"{figure}_{model.tag}_s"
 
 
 def first_call_name(model: BenchModel) -> str:
     """Name of the figure of :mod:`fvgen.bench.first_call`."""
-    return _short("first_call", model)
+    return short_name("first_call", model)
 
 
 def _energy(call: Callable[[], Any], device: str, batch: int, seconds: float = 2.0) -> float | None:

@@ -27,7 +27,7 @@ BELONGS = {
     "ops": ("kernels",),
     "no_compile": ("kernels",),
     "first": ("kernels",),
-    "model": ("sampler", "speedup", "train"),
+    "model": ("sampler", "speedup", "train", "views"),
     "batch": ("sampler", "speedup"),
     "teacher_steps": ("sampler", "speedup"),
     "runner": ("sampler", "speedup"),
@@ -95,7 +95,7 @@ def _measure(arguments: argparse.Namespace) -> list[Record]:
     device = choose_device(arguments.device)
     suites = SUITES if arguments.suite == "all" else (arguments.suite,)
     model = None
-    if {"sampler", "speedup"} & set(suites):
+    if {"sampler", "speedup", "views"} & set(suites):
         from fvgen.bench.model import find_bench_model
 
         model = find_bench_model(arguments.model or "tiny", device)
@@ -167,6 +167,13 @@ def _suite(suite: str, arguments: argparse.Namespace, device: str, model: BenchM
         from fvgen.bench.train import measure_train
 
         yield from measure_train(device, rounds(40, 3), quick, _say)
+    elif suite == "views":
+        from fvgen.bench.views import measure_views
+        from fvgen.workers import workers
+
+        assert model is not None
+        with workers(device) as among:
+            yield from measure_views(model, among, rounds(10, 1), quick, _say if among.main else lambda _: None)
     elif suite == "sampler":
         from fvgen.bench.first_call import measure_first_call
         from fvgen.bench.runner import find_runners

@@ -27,7 +27,12 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--{given[0].replace('_', '-')} belongs to train with --model; add --model viewcrafter_512 or leave it out"
         )
-    if processes() > 1 and not (alone and name):
+    if arguments.suite == "views":
+        if processes() not in (2, 3, 4):
+            raise UserError(
+                "views is measured by two to four processes; start it with torchrun --nproc-per-node 2 -m fvgen.cli bench views"
+            )
+    elif processes() > 1 and not (alone and name):
         raise UserError(f"{arguments.suite} is measured by a single process; start it without torchrun")
     if not (alone and name):
         return

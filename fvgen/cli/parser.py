@@ -352,7 +352,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    suites = ("kernels", "raster", "dust3r", "sampler", "train", "speedup", "all", "report")
+    suites = ("kernels", "raster", "dust3r", "sampler", "train", "speedup", "views", "all", "report")
     parser.add_argument("suite", choices=suites, metavar="SUITE", help=", ".join(suites))
     parser.add_argument("results", nargs="*", metavar="RESULT", help="for report: result files to show together")
     parser.add_argument("--json", metavar="FILE", help="write the records here, each as soon as it is measured")
@@ -366,7 +366,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME|DIR",
-        help="sampler, speedup: tiny, a model directory, or viewcrafter_512 or viewcrafter_1024 with random weights"
+        help="sampler, speedup, views: tiny, a model directory, or viewcrafter_512 or viewcrafter_1024 with random weights"
         " (default: tiny); train: a step of the distillation of one of these presets, instead of the tiny teacher's",
     )
     parser.add_argument(

@@ -60,6 +60,7 @@ examples:
   fvgen bench speedup                                4 steps against 50 guided ones: less than 90 % saved is a failure
   fvgen bench train --model viewcrafter_512 --profile profile.md --json one.json
   torchrun --nproc-per-node 4 -m fvgen.cli bench train --model viewcrafter_512 --shard --single one.json --json four.json
+  torchrun --nproc-per-node 2 -m fvgen.cli bench views --model viewcrafter_512 --json two.json
   fvgen bench all --quick                            every suite with small shapes, also without a GPU
   fvgen bench all --json new.json --compare old.json
   fvgen bench report new.json --output docs/benchmarks
@@ -71,7 +72,8 @@ suites:
   sampler   one clip stage by stage and whole, first clip of a new process, batches, the teacher
   train     a training step of the tiny model; with --model, both stages of the distillation and stage 2 in plain PyTorch
   speedup   guided teacher and four-step student from points to frames in one process
-  all       all of these
+  views     under torchrun: new views between five photos, clips spread over the GPUs, beside one process alone
+  all       all of these but views
   report    tables and pictures of result files; give the files right behind the word
 
 exit status: 0 done, 1 a figure worse than with --compare by more than 5 %, or less than 90 %

@@ -191,7 +191,8 @@ class ClipGraph:
         torch.cuda.empty_cache()  # the recording would do so too, and what it frees is not its own
         before = torch.cuda.memory_reserved(device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # other processes' NCCL has a thread that asks for its events meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._frames = engine(self._renders, self._noise)
         self.memory = torch.cuda.memory_reserved(device) - before
 

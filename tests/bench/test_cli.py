@@ -153,6 +153,8 @@ CASES = {
     "shard alone": ("torchrun", "train --model tiny --quick --shard --device cpu"),
     "runner": ("--runner: invalid choice", "speedup --runner fast"),
     "runner elsewhere": ("--runner belongs to sampler and speedup", "kernels --runner engine"),
+    "views alone": ("start it with torchrun", "views --quick"),
+    "runner of views": ("--runner belongs to sampler and speedup", "views --runner modules"),
     "output elsewhere": ("--output belongs to report", "all --output x"),
     "report without file": ("needs a result file", "report"),
     "report with rounds": ("--rounds belongs to measurements", "report {good} --rounds 3"),
