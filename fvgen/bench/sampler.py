@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from fvgen.models.spec import ModelIndex
 
 GUIDANCE = 7.5
 MODEST = 16 * 320 * 512  # pixels of a clip, up to which batches and the teacher are measured unasked
+STAGE_S, TEACHER_S = 2.0, 40.0  # about so long are the readings of one stage, and those of the teacher's clip
 VIEWS_BATCH, VIEWS_FRAMES = 4, 16  # clips of this length that make 56 new views between five photos
 
 
@@ -53,7 +55,7 @@ def measure_sampler(
         model: what to load.
         device: "cpu", "cuda" or "cuda:N".
         batches: clips at once.
-        rounds: readings per time.
+        rounds: readings per time; fewer of what takes long.
         teacher_steps: DDIM steps of the teacher, guided with scale 7.5; 0 leaves it out.
         quick: clips of 4 frames and 64 x 96 pixels.
         runners: what samples; None takes the engine.
@@ -76,7 +78,7 @@ def measure_sampler(
     for stage, call in stages.items():
         if stage != "clip":
             with inference():
-                timing = time_calls(call, device, rounds)
+                timing = time_calls(call, device, rounds, seconds=STAGE_S)
             where = {"batch": batches[0], "stage": stage}
             yield {"name": f"{stage}_{named(model, batches[0])}_ms", **shared, **where, "unit": "ms", **timing.fields()}
     del stages, call  # the last call would keep the runner in memory to the end
@@ -107,7 +109,7 @@ def measure_sampler(
             render = render_call(model.index, device, batches[0], quick)
             teacher.clip(render(), 0, 2)
             readings = [time_once(lambda: teacher.clip(render(), 0), device)]
-            wanted = max(1, min(rounds // 4, int(60 / (1e-3 * readings[0]))))
+            wanted = teacher_readings(1e-3 * readings[0], rounds)
             readings += [time_once(lambda: teacher.clip(render(), 0), device) for _ in range(wanted - 1)]
         name = f"teacher{teacher_steps}_{named(model, batches[0])}_s"
         how = {"steps": teacher_steps, "guidance_scale": GUIDANCE, "runner": teacher.label, "stage": "teacher clip"}
@@ -132,7 +134,13 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
+def teacher_readings(seconds: float, rounds: int) -> int:
+    """How often a teacher's clip of so many seconds is read: a quarter of the rounds, but not longer than ``TEACHER_S``."""
+    return max(1, min(rounds // 4, int(TEACHER_S / seconds)))
+
+
 def _empty_cache(device: str) -> None:
+    gc.collect()  # recorded calls and the networks that they belong to refer to each other
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
 

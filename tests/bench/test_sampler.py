@@ -9,8 +9,8 @@ import torch
 from fvgen.bench.model import random_model, render_call, stored_model
 from fvgen.bench.offload import measure_offload, peak
 from fvgen.bench.record import value_of
-from fvgen.bench.runner import ModelRunner, Runners, TeacherRunner
-from fvgen.bench.sampler import default_batches, measure_sampler
+from fvgen.bench.runner import RUNNERS, ModelRunner, Runners, TeacherRunner, find_runners
+from fvgen.bench.sampler import default_batches, measure_sampler, teacher_readings
 from fvgen.bench.speedup import measure_speedup
 from fvgen.bench.train import measure_train
 from fvgen.models.spec import COMPONENTS
@@ -82,6 +82,11 @@ def test_a_batch_that_does_not_fit_is_a_failed_record(sleeper):
     assert "teacher2_sleeper_s" in found
 
 
+def test_a_slow_teacher_is_read_less_often():
+    assert [teacher_readings(seconds, 20) for seconds in (0.1, 3.0, 18.0, 60.0)] == [5, 5, 2, 1]
+    assert [teacher_readings(3.0, rounds) for rounds in (1, 8, 40)] == [1, 2, 10]
+
+
 def test_what_is_measured_unasked():
     sizes = {name: get_preset(name).index for name in ("tiny", "viewcrafter_512", "viewcrafter_1024")}
     assert {n: default_batches(i) for n, i in sizes.items()} == {
@@ -110,20 +115,26 @@ def tiny():
     return model, model.load("cpu")
 
 
-def test_nothing_is_left_on_the_gpu_when_clips_are_offloaded(tiny, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_nothing_is_left_on_the_gpu_when_clips_are_offloaded(tiny, monkeypatch, kind):
     alive = []
 
-    class Watched(ModelRunner):
-        def __init__(self, bundle):
-            super().__init__(bundle)
-            alive.append(weakref.ref(self))
+    def watched(make):
+        def made(*arguments):
+            runner = make(*arguments)
+            alive.append(weakref.ref(runner))
+            return runner
+
+        return made
 
     def offloaded(*_):
-        assert [runner() for runner in alive] == [None]
+        assert [runner() for runner in alive] == [None, None]
         yield {"name": "offloaded"}
 
     monkeypatch.setattr("fvgen.bench.sampler.measure_offload", offloaded)
-    *_, last = measure_sampler(tiny[0], "cpu", [1], 1, 0, quick=True, runners=Runners(Watched, TeacherRunner), offload=True)
+    runners = Runners(*map(watched, find_runners(kind)))
+    *_, last = measure_sampler(tiny[0], "cpu", [1], 1, 1, quick=True, runners=runners, offload=True)
     assert last == {"name": "offloaded"}
 
 
