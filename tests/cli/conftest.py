@@ -17,6 +17,7 @@ from fvgen.io import write_transforms
 from fvgen.models.bundle import ModelBundle
 from fvgen.recipes.presets import get_preset
 from tests.geometry.synthetic import capture, pose
+from tests.reference_dust3r import write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("models") / "small"
     ModelBundle.random(replace(tiny, index=index, unet=unet, vae=vae)).save_pretrained(directory, dtype=torch.float16)
     return str(directory)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a small random DUSt3R, in the reference layout."""
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint: Path) -> Path:
+    """The directory that ``fvgen convert dust3r`` makes of it."""
+    folder = checkpoint.parent / "dust3r"
+    assert main(["convert", "dust3r", str(checkpoint), "--output", str(folder)]) == 0
+    return folder
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -9,26 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fvgen.cli import main
 from fvgen.models.dust3r import read_dust3r
 from tests.cli.conftest import Photos, Run
-from tests.reference_dust3r import random_state, write_checkpoint
+from tests.reference_dust3r import random_state
 
 Report = Callable[[Path], dict]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    write_checkpoint(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def converted(checkpoint: Path) -> Path:
-    folder = checkpoint.parent / "dust3r"
-    assert main(["convert", "dust3r", str(checkpoint), "--output", str(folder)]) == 0
-    return folder
 
 
 def test_dust3r(fvgen: Run, checkpoint: Path, report: Report, tmp_path: Path) -> None:

@@ -27,25 +27,15 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(scene: Photos, model: str, tmp_path: Path) -> None:
-    """Four segments, three on one process and with one of the second process's in between; the order of frames is that of one."""
-    command = [
-        "generate",
-        *scene.all,
-        "--cameras",
-        scene.cameras,
-        "--frames",
-        3,
-        "--model",
-        model,
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-    ]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
+def test_two_processes_write_what_one_does(scene: Photos, model: str, tmp_path: Path, device: str) -> None:
+    """Four segments, every other one of the second process; the order of frames is that of one."""
+    command = ["generate", *scene.all, "--cameras", scene.cameras, "--frames", 3, "--steps", 2, "--device", device]
+    command += ["--model", model if device == "cpu" else "tiny"]
     alone = [sys.executable, "-m", "fvgen.cli", *map(str, command), "--clips-at-once", "1", "--output", str(tmp_path / "one")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(alone, env=environment, capture_output=True, timeout=300).returncode == 0
+    first = subprocess.run(alone, env=environment, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
     done = _launch(*command, "--clips-at-once", 1, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, two = _contents(tmp_path / "one"), _contents(tmp_path / "two")
