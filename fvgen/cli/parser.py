@@ -142,7 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
         "examples:\n  fvgen train-tiny --output teacher\n"
         "  fvgen train-tiny --vae-steps 20 --steps 20 --output trial      to see that it runs\n",
     )
-    train.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
+    train.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the run; one that is there is continued. The model is DIR/model"
+    )
     for option, what in (("vae", "autoencoder"), ("teacher", "denoiser")):
         steps = ("--vae-steps",) if option == "vae" else ("--steps", "--teacher-steps")
         train.add_argument(

@@ -11,7 +11,7 @@ from fvgen.utils.device import choose_device
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains into a new model directory."""
+    """Trains in the folder of a run, which gets a model directory."""
     device = choose_device(arguments.device)
     if not Path(arguments.output).exists():  # otherwise an interrupted run goes on
         check_output(arguments.output, need_bytes=2**27)

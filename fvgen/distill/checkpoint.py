@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fvgen.distill.parallel import Parallel, put, whole
-from fvgen.io.durable import flush, is_partial, write_durably
+from fvgen.io.durable import flush, remove_partial, write_durably
 from fvgen.utils.errors import UserError
 
 LATEST, STATE = "latest", "state.json"
@@ -129,10 +129,10 @@ def restore(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: 
 
 def clean_up(root: Path) -> None:
     """Removes what killed processes left half written or half removed."""
-    if root.is_dir():
-        for path in root.iterdir():
-            if path.name.startswith((_PART, _OLD)) or is_partial(path):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_partial(root)
+    for path in root.iterdir() if root.is_dir() else ():
+        if path.name.startswith((_PART, _OLD)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _complete(root: Path) -> list[Path]:

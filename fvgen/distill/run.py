@@ -38,11 +38,12 @@ from fvgen.distill.trainer import Trainer
 from fvgen.distill.trajectories import Integration, TrajectorySource
 from fvgen.distill.validation import Validation
 from fvgen.distill.weight_mean import WeightMean
-from fvgen.io.durable import write_json_durably
+from fvgen.io.durable import is_partial, remove_partial, write_json_durably
 from fvgen.models.bundle import ModelBundle
 from fvgen.utils.errors import UserError
 
 RECORD, CHECKPOINTS, STOPPED = "run.json", "checkpoints", "stopped.json"
+VALIDATION, TRAJECTORIES = "validation", "trajectories"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def distill(
         find_checkpoint(options.start)
     if parallel.main:
         claim(output, options.record(settings))
+        for folder in (output, output / VALIDATION, output / TRAJECTORIES):
+            remove_partial(folder)
         checkpoint.clean_up(root)
         (output / STOPPED).unlink(missing_ok=True)
     parallel.wait()
@@ -164,7 +167,7 @@ def _stage(
     start = None if here or before is None else starting_tensors(before)
     roles = build_roles(bundle, method, settings, parallel, start)
     source = make_source(method, settings, options, bundle, parallel, roles.teacher, worlds)
-    folder, clips = options.output / "validation", options.validation_clips
+    folder, clips = options.output / VALIDATION, options.validation_clips
     if judge is None and clips and options.cadence.validate:
         validation = Validation(bundle, folder, clips, settings.times)
 
@@ -253,7 +256,7 @@ def make_source(
     if not regression:
         return source
     how = Integration(settings.times, settings.trajectory_steps, settings.guidance, settings.rescale)
-    schedule, cache = NoiseSchedule.create(index.base_scale), options.output / "trajectories"
+    schedule, cache = NoiseSchedule.create(index.base_scale), options.output / TRAJECTORIES
     return TrajectorySource(source, settings.trajectories, teacher, schedule, how, cache, settings.seed, settings.micro_batch)
 
 
@@ -308,7 +311,7 @@ def claim(output: Path, record: dict[str, Any]) -> None:
             raise UserError(
                 f"{output} holds a run with another {', '.join(other)}; repeat its settings or choose another --output"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and not (output.is_dir() and all(map(is_partial, output.iterdir()))):
         raise UserError(f"{output} holds something else and will not be overwritten; choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)

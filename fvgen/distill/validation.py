@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from fvgen.distill.trainer import Trainer
 from fvgen.evaluation.heldout import HELD_OUT_SEED
 from fvgen.evaluation.metrics import mean_psnr, mean_ssim
 from fvgen.io.contact_sheet import write_contact_sheet
+from fvgen.io.durable import whole_folder
 from fvgen.io.video import write_video
 from fvgen.models.bundle import ModelBundle
 
@@ -80,9 +79,12 @@ class Validation:
         return self._pairs
 
     def _write(self, name: str, videos: list[Tensor]) -> dict[str, float]:
-        part, place = self._folder / f".part-{name}", self._folder / name
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with whole_folder(self._folder / name) as part:
+            part.mkdir()
+            return self._write_into(part, videos)
+
+    def _write_into(self, part: Path, videos: list[Tensor]) -> dict[str, float]:
         scores: dict[str, list[float]] = {"psnr_db": [], "ssim": [], "render_psnr_db": [], "black_or_white": []}
         for number, (video, (render, truth)) in enumerate(zip(videos, self._pairs, strict=True)):
             inner = slice(1, -1) if len(video) > 2 else slice(None)
@@ -95,8 +97,6 @@ class Validation:
         write_contact_sheet(part / "contact_sheet.png", rows)
         means = {f"validation/{k}": sum(v) / len(v) for k, v in scores.items()}
         (part / "scores.json").write_text(json.dumps({"clips": scores, "means": means}, indent=1) + "\n")
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(part, place)
         return means
 
 

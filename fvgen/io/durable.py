@@ -100,12 +100,26 @@ def _link(part: Path, path: Path) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a file is in work in :func:`durable_file`, or was left by a process that died there."""
+    """Whether a file or folder is in work here, or was left by a process that was killed then."""
     return path.name.startswith(".") and _MARK in path.name
 
 
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes have left in a folder that one process at a time writes, such as that of a training run.
+
+    A folder that was being replaced, and was out of its place already, gets its new content.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not is_partial(path):
+            continue
+        place = path.with_name(path.name[1:].rpartition(_MARK)[0])
+        if (path / "old").exists() and (path / "new").exists() and not place.exists():
+            os.replace(path / "new", place)  # it is whole: the old one leaves only then
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def remove_stale(folder: Path) -> None:
-    """Removes what dead processes have left: partial files that nobody has touched for ``STALE_S`` seconds."""
+    """Removes what killed processes left where others may be at work: files that nobody has touched for ``STALE_S`` seconds."""
     for path in folder.iterdir():
         if is_partial(path) and path.is_file() and time.time() - path.stat().st_mtime > STALE_S:
             path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fvgen.evaluation.heldout import held_out_scores
 from fvgen.evaluation.provenance import provenance
-from fvgen.io.durable import write_json_durably
+from fvgen.io.durable import is_partial, remove_partial, write_json_durably
 from fvgen.models.bundle import ModelBundle
 from fvgen.models.spec import ModelSpec
 from fvgen.pretrain.common import plot_curves
@@ -149,11 +149,12 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{output} holds a finished run; choose another output directory")
         if found != settings:
             raise UserError(f"{output} holds a run with other settings; repeat them to continue it, or choose another directory")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and not (output.is_dir() and all(map(is_partial, output.iterdir()))):
         raise UserError(f"{output} holds something else and will not be overwritten; choose another output directory")
     else:
         output.mkdir(parents=True, exist_ok=True)
         write_json_durably(record, {"settings": settings}, indent=2)
+    remove_partial(output)
 
 
 def _load_vae(directory: Path, spec: ModelSpec) -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fvgen.data.synthetic import synthetic_frames
+from fvgen.io.durable import whole_folder
 from fvgen.models.spec import ModelSpec
 from fvgen.models.vae import make_vae
 from fvgen.pretrain.common import Average, Budget, Log, learning_rate, to_bytes
@@ -137,7 +136,5 @@ def train_vae(recipe: VaeRecipe, output: Path, device: str, compile: bool = Fals
         latents = [best.encode(2 * x - 1).latent_dist.mean for x in held_out.split(16)]
     best.register_to_config(scaling_factor=float(1 / torch.cat(latents).std()))
     log.write(step=step, psnr=vae_psnr(best, held_out), scaling_factor=best.config.scaling_factor)
-    part = output / ".vae.part"
-    best.to(memory_format=torch.contiguous_format).save_pretrained(part)
-    shutil.rmtree(output / "vae", ignore_errors=True)
-    os.replace(part, output / "vae")
+    with whole_folder(output / "vae") as new:
+        best.to(memory_format=torch.contiguous_format).save_pretrained(new)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from fvgen.io.durable import STALE_S, durable_file, is_partial, remove_stale, whole_folder, write_durably, write_json_durably
+from fvgen.io.durable import (
+    STALE_S,
+    durable_file,
+    is_partial,
+    remove_partial,
+    remove_stale,
+    whole_folder,
+    write_durably,
+    write_json_durably,
+)
 
 
 def test_a_block_that_fails_keeps_the_earlier_file(tmp_path: Path) -> None:
@@ -103,3 +114,43 @@ def test_stale_files_go_and_folders_stay(tmp_path: Path) -> None:
         os.utime(path, (time.time() - STALE_S - 60,) * 2)
     remove_stale(tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def _killed(folder: Path, event: int) -> None:
+    """Replaces a file and two folders, and is killed at the ``event``-th rename."""
+    really, count = os.replace, [0]
+
+    def replace(source: Path, target: Path) -> None:
+        count[0] += 1
+        if count[0] == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+        really(source, target)
+
+    os.replace = replace  # type: ignore[assignment]
+    write_durably(folder / "file", b"new")
+    for name in ("set", "other.partial-set"):
+        with whole_folder(folder / name) as new:
+            new.mkdir()
+            (new / "content").write_text("new")
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [(1, ("old", "old", "old")), (2, ("new", "old", "old")), (3, ("new", "new", "old")), (5, ("new", "new", "new"))],
+    ids=["file", "folder", "between its renames", "between the renames of the other"],
+)
+def test_what_a_killed_process_left_is_removed(event: int, expected: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for name in ("set", "other.partial-set"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text("old")
+    process = get_context("spawn").Process(target=_killed, args=(tmp_path, event))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert any(is_partial(p) for p in tmp_path.iterdir())
+    remove_partial(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "set", "other.partial-set"}
+    contents = [tmp_path / name for name in ("file", "set/content", "other.partial-set/content")]
+    assert tuple(p.read_text() for p in contents) == expected
+    remove_partial(tmp_path / "nowhere")

@@ -109,7 +109,9 @@ def test_interrupted_before_the_model_is_saved(spec: ModelSpec, tmp_path: Path, 
     monkeypatch.setattr(tiny, "train_vae", stop)  # the finished VAE is not trained again
     with pytest.raises(UserError, match="other settings"):
         train_model(spec, VAE, replace(TEACHER, seed=1), output, "cpu")
+    (output / ".model.partial-0").mkdir()  # of a process that was killed
     train_model(spec, VAE, TEACHER, output, "cpu", score_clips=1)
+    assert not [p.name for p in output.iterdir() if p.name.startswith(".")]
 
     again = tmp_path / "again"
     train_model(spec, None, TEACHER, again, "cpu", vae_from=output / "model", score_clips=1)
