@@ -112,14 +112,15 @@ def five_photos(model: BenchModel, device: str, quick: bool = False) -> Prepared
     """A path through five photos of the synthetic world, with its true geometry, and the renders on ``device``."""
     frames, height, width = clip_size(model.index, quick)
     size = height, width
-    seeds = torch.zeros(1, dtype=torch.int64)
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
     path = sample_paths(seeds, SEGMENTS + 1)
     world, K = sample_worlds(seeds, path), intrinsics(path.focal, size)
     views = [render_view(world, pose, K, size) for pose in path.world_from_cam.unbind(1)]
-    poses = path.world_from_cam[0]
-    points = [backproject(depth, K, pose[None]) for (_, depth), pose in zip(views, poses, strict=True)]
-    photos = ImageSet(torch.cat([rgb for rgb, _ in views]))
-    scene = Scene(photos, Cameras(K.repeat(SEGMENTS + 1, 1, 1), poses, size), torch.cat(points), torch.ones(SEGMENTS + 1, *size))
+    poses, count = path.world_from_cam[0], len(views)
+    points = torch.cat([backproject(depth, K, pose[None]) for (_, depth), pose in zip(views, poses, strict=True)])
+    photos = ImageSet(torch.cat([rgb for rgb, _ in views]).cpu())
+    cameras = Cameras(K.repeat(count, 1, 1), poses, size).to("cpu")
+    scene = Scene(photos, cameras, points.cpu(), torch.ones(count, *size))
     return prepare(
         photos, scene.cameras, "smooth", frames, size, device, estimator=_Known(scene), compositor=model.index.compositor
     )
