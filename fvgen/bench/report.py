@@ -17,6 +17,7 @@ TITLES = {
     "device": "Ceilings of the GPU",
     "sampler": "Clips",
     "speedup": "Teacher and student",
+    "views": "New views by several processes",
     "kernels": "Operators",
     "raster": "Point rasterizer",
     "dust3r": "DUSt3R",
@@ -189,9 +190,21 @@ def _speedup(rows: Sequence[Record]) -> list[str]:
     return [*_table(head, [cells(r) for r in rows]), "", f"Render, encode, sample and decode of one clip; {', '.join(kinds)}."]
 
 
+def _views(rows: Sequence[Record]) -> list[str]:
+    head = ["name", "model", "weights", "new views", "processes", "clips at once", "ms", "10 to 90 %", "times as fast as one"]
+
+    def cells(r: Record) -> list[str]:
+        counts = [str(r[key]) for key in ("model", "weights", "new_views", "processes", "clips_at_once")]
+        return [f"`{r['name']}`", *counts, *_ms(r), _number(r.get("times_as_fast"))]
+
+    counted = sorted({r["counted"] for r in rows})
+    return [*_table(head, [cells(r) for r in rows]), "", f"Counted {'; '.join(counted)}."]
+
+
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "kernels": _kernels,
     "raster": _raster,
     "sampler": _sampler,
     "speedup": _speedup,
+    "views": _views,
 }

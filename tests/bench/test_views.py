@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fvgen.bench.model import stored_model
+from fvgen.bench.report import report_text
 from fvgen.bench.views import five_photos, measure_views
 from fvgen.pipeline import find_model
 from fvgen.workers import Workers
@@ -35,6 +36,9 @@ def test_two_processes(tmp_path: Path, device: str) -> None:
     assert two["same_bytes"]
     assert "failed" not in two
     assert two["times_as_fast"] == pytest.approx(min(one["median_s"], halves["median_s"]) / two["median_s"])
+    text = report_text([one, halves, two], {})
+    assert "| `views56_x1_by2_tiny_s` | tiny | trained | 8 | 1 | 2 |" in text
+    assert "| `views56_x2_tiny_s` | tiny | trained | 8 | 2 | 2 |" in text
     assert two["command"].startswith("torchrun --nproc-per-node 2 -m fvgen.cli bench views --quick")
 
 
