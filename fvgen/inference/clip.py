@@ -38,8 +38,8 @@ class ClipEngine:
     Args:
         bundle: the model, on the device where it is to run unless ``offload``; weights are copied.
         dtype: of weights and activations.
-        fast: every second step takes the features of all resolutions but the highest from the step before, see
-            :meth:`UNetEngine.with_lower`; quicker, and an approximation.
+        fast: every second step takes features from the step before, see :meth:`UNetEngine.with_lower`: the last step those of all
+            resolutions but the highest, the others those of all layers but the last; quicker, and an approximation.
         offload: a device to run on with little memory. The bundle is on the CPU and stays there, but for the small embeddings of
             time; the packed image tower visits the device for each clip, and the VAE takes a few frames at a time. Without
             CUDA graphs of whole clips.
@@ -127,8 +127,10 @@ class ClipEngine:
         for i, time in enumerate(times):
             a, b, s = self._rates(time)
             shifts = self.shifts(time, x.shape[0], x.shape[2])
-            v, lower = self.unet.with_lower(UNetEngine.stack(x, condition.latents), shifts, condition.keys, lower)
-            lower = lower if self.fast and i % 2 == 0 else None
+            # of a pair of steps; the last step of all decides on the details
+            left_out = 0 if i // 2 == (len(times) - 1) // 2 else self.unet.most_left_out
+            v, found = self.unet.with_lower(UNetEngine.stack(x, condition.latents), shifts, condition.keys, lower, left_out)
+            lower = found if self.fast and i % 2 == 0 else None
             x0 = torch.add((a / s) * x, v, alpha=-b / s)
             if callback is not None:
                 callback(i + 1, len(times), x0)

@@ -61,6 +61,11 @@ class UNetEngine:
         self._weights = torch.cat([weight for weight, _ in self._shifts])
         self._biases = torch.cat([bias for _, bias in self._shifts])
 
+    @property
+    def most_left_out(self) -> int:
+        """The largest ``left_out`` of :meth:`with_lower`: all layers on the way up of the highest resolution but the last."""
+        return len(self._up[-1]) - 1
+
     @torch.inference_mode()
     def shifts(self, timesteps: Tensor, fps: Tensor, frames: int) -> Shifts:
         """What the time adds in every residual block, for :meth:`__call__`: ``[C]`` for one clip, else ``[B T, C]``.

@@ -135,12 +135,11 @@ def _kernel(name: str, arguments: str, warps: int, constants: dict[str, int]) ->
     return TritonKernel("cross_attention.triton", name, signature, {**_COMMON, **constants}, warps)
 
 
-def _query_kernels(name: str, arguments: str) -> tuple[TritonKernel, ...]:
-    """For long and short sequences, without image tokens and with few or many."""
-    variants = ((16, 128), (256, 128), (0, 128), (16, 64))
+def _query_kernels(name: str, arguments: str, variants: tuple[tuple[int, int, int], ...]) -> tuple[TritonKernel, ...]:
+    """Per variant: image tokens, queries of a program, tokens that they meet at a time."""
     return tuple(
-        _kernel(name, arguments, block_q // 16, {"TEXT": 77, "IMAGE": image, "BLOCK_Q": block_q, "BLOCK_L": 32})
-        for image, block_q in variants
+        _kernel(name, arguments, block_q // 16, {"TEXT": 77, "IMAGE": image, "BLOCK_Q": block_q, "BLOCK_L": block_l})
+        for image, block_q, block_l in variants
     )
 
 
@@ -163,7 +162,11 @@ FORWARD = OpSpec(
     tolerance=Tolerance(forward=1e-5, backward=2e-5),
     cost=_cost,
     baselines={"eager": reference.cross_attention, "scaled_dot_product_attention": _library_attention},
-    kernels=_query_kernels("cross_attention_kernel", f"q_ptr text_ptr image_ptr out_ptr lse_ptr scale image_scale {_SIZES}"),
+    kernels=_query_kernels(
+        "cross_attention_kernel",
+        f"q_ptr text_ptr image_ptr out_ptr lse_ptr scale image_scale {_SIZES}",
+        ((16, 64, 64), (256, 64, 64), (0, 64, 64)),
+    ),
 )
 BACKWARD = OpSpec(
     name="cross_attention_backward",
@@ -183,6 +186,7 @@ BACKWARD = OpSpec(
         *_query_kernels(
             "query_gradient_kernel",
             f"grad_ptr q_ptr text_ptr image_ptr lse_ptr delta_ptr out_ptr scale image_scale {_SIZES}",
+            ((16, 128, 32), (256, 128, 32), (0, 128, 32), (16, 64, 32)),  # long and short sequences
         ),
         *(
             _kernel(

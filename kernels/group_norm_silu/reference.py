@@ -10,8 +10,8 @@ SMALL = 16384  # elements of one group (rows x channels) that one program holds 
 
 
 def is_small(rows: int, width: int, most: int = SMALL) -> bool:
-    """Whether one program normalises a whole group of ``rows`` x ``width`` channels: half as many where a load has one or two."""
-    return rows * width <= (most if width % 4 == 0 else most // 2)
+    """Whether one program takes a whole group of ``rows`` x ``width`` channels; half as many if those are short or crooked."""
+    return rows * width <= (most if width % 4 == 0 and width >= 32 else most // 2)
 
 
 def _added(x: Tensor, emb: Tensor, dtype: torch.dtype) -> Tensor:

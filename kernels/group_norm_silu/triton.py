@@ -53,12 +53,16 @@ class Single(NamedTuple):
     """Of the pass that has a whole group in one program.
 
     Attributes:
-        most: elements of a group that takes it.
+        most: elements of a group that takes it, see :meth:`limit`.
         each: of them for a thread, unless that takes more than 16 warps.
     """
 
     most: int
     each: int
+
+    def limit(self, x: Tensor) -> int:
+        """Elements of a group that fit into registers: fewer of four bytes, or if rows do not begin at multiples of 16."""
+        return self.most if x.element_size() == 2 and x.shape[2] % 16 == 0 else self.most // 2
 
     def tile(self, elements: int) -> dict[str, int]:
         """Tile and warps for a group of this size."""
@@ -328,7 +332,7 @@ def group_norm_silu(
     mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
     if not x.numel():
         return out, total, mean, rstd
-    if is_small(rows, channels // groups, single.most):
+    if is_small(rows, channels // groups, single.limit(x)):
         _in_one_pass(x, residual, None, weight, bias, emb, total, mean, rstd, out, eps, silu, single)
         return out, total, mean, rstd
     partial, rows_each = _statistics(x, residual, None, emb, total, first)
@@ -344,7 +348,7 @@ def group_norm_silu_skip(
     n, rows, own = x.shape
     none = x.new_empty(0)
     channels = own + skip.shape[2]
-    small = is_small(rows, channels // groups, single.most)
+    small = is_small(rows, channels // groups, single.limit(x))
     if not x.numel() or (own % BLOCK_C and not small):
         total = beside(x, residual, skip, emb)
         return group_norm_silu(total, none, weight, bias, none, groups, eps, silu, None, joined, last, single)[0], total

@@ -130,9 +130,10 @@ FORWARD = OpSpec(
         _kernel(
             "layer_norm_kernel",
             "x_ptr residual_ptr weight_ptr bias_ptr out_ptr total_ptr mean_ptr rstd_ptr eps rows channels",
-            {"BLOCK_R": 4096 // c, "BLOCK_C": c, "ONCE": False},
+            {"BLOCK_R": rows, "BLOCK_C": c, "ONCE": False},
+            warps,
         )
-        for c in (512, 2048)
+        for c, rows, warps in ((512, 2, 1), (2048, 2, 4))
     ),
 )
 BACKWARD = OpSpec(

@@ -41,9 +41,9 @@ class Rows(NamedTuple):
         return {"BLOCK_R": min(64, max(1, self.elements // block_c)), "BLOCK_C": block_c, "num_warps": self.warps}
 
 
-FORWARD = Rows(elements=4096, warps=4)
 # measured with benchmarks/tune_norms.py: up to 512 channels a warp holds whole rows, and programs of one warp wait for nobody
 IN_A_WARP = 512
+NARROW_ROWS, WIDE_ROWS = Rows(elements=1024, warps=1), Rows(elements=4096, warps=4)  # of the forward pass
 NARROW = Launch(warps=1, per_multiprocessor=16)
 WIDE = Launch(warps=4, per_multiprocessor=3)
 
@@ -168,13 +168,14 @@ def layer_norm_backward_kernel(
 
 
 def layer_norm_residual(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, launch: Rows = FORWARD
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, launch: Rows | None = None
 ) -> tuple[Tensor, ...]:
     rows, channels = x.shape
     out = torch.empty_like(x)
     total = torch.empty_like(residual)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if x.numel():
+        launch = launch or (NARROW_ROWS if channels <= IN_A_WARP else WIDE_ROWS)
         tile = launch.tile(channels)
         layer_norm_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
             x, residual, weight, bias, out, total, mean, rstd, eps, rows, channels,
