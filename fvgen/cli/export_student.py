@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
     found = find_checkpoint(Path(arguments.run))
     teacher = arguments.teacher or read_state(found)["run"]["teacher"]
     dtype = {"float16": torch.float16, "float32": torch.float32}[arguments.dtype]
-    export_student(found, ModelBundle.from_pretrained(find_model(teacher)), output, arguments.ema, dtype)
+    export_student(found, ModelBundle.from_pretrained(find_model(teacher)), output, arguments.ema, dtype, arguments.teacher_share)
     print(f"model      {output}")
     print(f"from       {found}, {'averaged weights' if arguments.ema else 'weights without averaging'}")
+    if arguments.teacher_share:
+        print(f"           with {100 * arguments.teacher_share:g} % of the teacher")

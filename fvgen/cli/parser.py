@@ -172,6 +172,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--teacher", metavar="NAME|DIR", help="where the other networks are now (default: where they were)")
     export.add_argument(
+        "--teacher-share",
+        type=between(0, 1),
+        default=0.0,
+        metavar="PART",
+        help="part of the teacher in the weights, such as 0.05: softer frames, higher PSNR (default: 0)",
+    )
+    export.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16", help="precision of the stored weights (default: float16)"
     )
     export.add_argument("--overwrite", action="store_true", help="replace an earlier model in --output")

@@ -301,7 +301,7 @@ BACKWARD = OpSpec(
                 "small_backward_kernel",
                 f"grad_ptr grad_total_ptr {_AFFINE} sums_ptr grad_emb_ptr out_ptr rows groups samples",
                 {**form, "EMB_SUMS": True, "SILU": True, "WIDTH": width, "BLOCK_R": 4096 // j, "BLOCK_J": j},
-                warps=8,
+                warps=4,
             )
             for form in _FORMS_BACKWARD
             for width, j in ((10, 16), (40, 64))

@@ -16,7 +16,7 @@ from fvgen.kernels.group_norm_silu.triton import BLOCK_C, Blocks, emb_rows, embe
 SUMS = Blocks(rows=256, tile=16, warps=4, unroll=2)  # both measured with benchmarks/tune_norms.py
 GRADIENT = Blocks(rows=128, tile=32, warps=4, once=True)
 COMBINED = 2048  # elements of the partial sums joined at a time
-SMALL, SMALL_WARPS = 4096, 8  # elements of a group (rows x channels, each rounded up to a power of two) in one program
+SMALL, SMALL_WARPS = 4096, 4  # elements of a group (rows x channels, each rounded up to a power of two) in one program
 
 
 def is_small(rows: int, width: int) -> bool:

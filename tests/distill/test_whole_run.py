@@ -110,6 +110,13 @@ def test_from_teacher_to_video(fvgen: Run, teacher: Path, tmp_path: Path) -> Non
         stored, expected = load_file(student / WEIGHTS), load_file(root / "stage2-000001" / f"{file}.safetensors")
         assert all(torch.equal(stored[k], expected[k]) for k in expected)
     assert json.loads((student / "distillation.json").read_text())["run"]["settings"]["lr"] == 1e-2
+
+    mixed = ("--output", student, "--dtype", "float32", "--overwrite", "--teacher-share", 0.25)
+    assert fvgen("export-student", output, *mixed)[0] == 0
+    stored, own = load_file(student / WEIGHTS), load_file(root / "stage2-000001/ema.safetensors")
+    theirs = dict(ModelBundle.from_pretrained(teacher).unet.float().named_parameters())
+    for key, x in own.items():
+        torch.testing.assert_close(stored[key], 0.75 * x + 0.25 * theirs[key].detach(), rtol=1e-6, atol=1e-7)
     pipeline = FVGenPipeline.from_pretrained(student, "cpu")
     assert pipeline.bundle.index.sampler == "few_step"
     sampler = ModelSampler(pipeline.bundle)
