@@ -39,8 +39,10 @@ from fvgen.evaluation.frechet import FrameFeatures
 from fvgen.evaluation.heldout import clip_scores
 from fvgen.evaluation.quality import HeldOutSet, Quality, Sample
 from fvgen.evaluation.real_clips import RealClip, load_real_clip
+from fvgen.inference.clip import ClipEngine
 from fvgen.models.bundle import ModelBundle
 from fvgen.pipeline import find_model
+from fvgen.sampling import ModelSampler
 from fvgen.types import Condition
 from fvgen.utils.errors import UserError
 
@@ -67,6 +69,7 @@ class Ablation:
         clips: held-out clips for the scores; curve_clips: for the curves, every ``cadence.validate`` iterations.
         reuse: the synthetic clips, the same for all runs.
         real: real clips by name.
+        student: a finished one, scored beside the teacher, or none.
     """
 
     def __init__(
@@ -81,9 +84,11 @@ class Ablation:
         cadence: Cadence,
         parallel: Parallel,
         real: dict[str, RealClip],
+        student: ModelBundle | None = None,
     ) -> None:
         self._bundle, self._output, self._settings, self._iterations = bundle, output, settings, iterations
         self._curve_clips, self._reuse, self._cadence, self._parallel, self._real = curve_clips, reuse, cadence, parallel, real
+        self._student = student
         self._compile = parallel.device.type == "cuda"
         self._worlds: dict[Reuse, SyntheticSource] = {}
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
@@ -93,7 +98,7 @@ class Ablation:
         self._scores: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
 
     def baselines(self) -> None:
-        """The teacher at 4 and 50 DDIM steps and under the student's sampler, and the truth through the VAE."""
+        """The teacher at 4 and 50 DDIM steps and under the student's sampler, the finished student, the truth through the VAE."""
         predict, index = self._predictor(self._bundle.unet), self._bundle.index
 
         def ddim(steps: int) -> Sample:
@@ -104,7 +109,10 @@ class Ablation:
 
             return way
 
-        for name, way in {"teacher4": ddim(4), "teacher50": ddim(50), "untrained": self._few_step(predict)}.items():
+        ways = {"teacher4": ddim(4), "teacher50": ddim(50), "untrained": self._few_step(predict)}
+        if self._student is not None:
+            ways |= {"student": self._with_engine(self._student, False), "fast": self._with_engine(self._student, True)}
+        for name, way in ways.items():
             if not self._done(name, 0):
                 self._add(name, 0, self._held_out.score(way), self._on_real(way))
         if not self._done("vae", 0):
@@ -157,6 +165,11 @@ class Ablation:
         precision = torch.bfloat16 if self._parallel.device.type == "cuda" else None
         return GraphedCall(unet, unet_predictor(unet, precision))
 
+    def _with_engine(self, bundle: ModelBundle, fast: bool) -> Sample:
+        dtype = torch.bfloat16 if self._parallel.device.type == "cuda" else torch.float32
+        engine = ClipEngine(bundle, dtype, fast)
+        return lambda condition, seed: ModelSampler(bundle, seed, engine=engine).few_step(condition)
+
     def _few_step(self, predict: PredictV) -> Sample:
         def way(condition: Condition, seed: int) -> Tensor:
             noise = seeded_noise(seed, condition.latents.device)
@@ -199,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--teacher", default="tiny_teacher", help="model directory, or the bundled tiny_teacher")
+    parser.add_argument("--student", default="tiny", help="a finished one to score too, also in fast mode")
     everything = [f"{row}:{seed}" for seed in range(3) for row in ROWS]
     parser.add_argument("--runs", nargs="+", default=everything, metavar="ROW:SEED", help="default: every row with seeds 0 to 2")
     parser.add_argument("--no-baselines", action="store_true", help="leave the teacher's scores to another folder")
@@ -244,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Cadence(log=25, checkpoint=100, keep=1, validate=options.curve_every),
             parallel,
             real,
+            None if options.no_baselines else ModelBundle.from_pretrained(find_model(options.student)).to(device),
         )
         command = shlex.join(["python", "-m", "benchmarks.ablation", *(sys.argv[1:] if arguments is None else arguments)])
         write_records(options.output / "context.json", [{"name": "context", **context(command)}])

@@ -125,7 +125,7 @@ SEARCHES = (
     Search(
         layer_norm_residual.FORWARD,
         layer_norm_residual_forward,
-        {f"FORWARD = Rows{given}": {"launch": Rows(*given)} for given in ROWS},
+        {f"NARROW_ROWS or WIDE_ROWS = Rows{given}": {"launch": Rows(*given)} for given in ROWS},
     ),
     Search(
         layer_norm_residual.BACKWARD,

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 # measured with benchmarks/tune_norms.py: up to 512 channels a warp holds whole rows, and programs of one warp wait for nobody
 IN_A_WARP = 512
-NARROW_ROWS, WIDE_ROWS = Rows(elements=1024, warps=1), Rows(elements=4096, warps=4)  # of the forward pass
+NARROW_ROWS, WIDE_ROWS = Rows(elements=1024, warps=1), Rows(elements=4096, warps=4)  # of the forward pass, by the same width
 NARROW = Launch(warps=1, per_multiprocessor=16)
 WIDE = Launch(warps=4, per_multiprocessor=3)
 

@@ -23,7 +23,7 @@ def folder(path: Path, scores: list[dict[str, object]]) -> Path:
 
 def test_seeds_of_several_folders_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = score("teacher50", 0, 20.5)
-    one = folder(tmp_path / "a", [teacher, score("fvgen", 0, 20.0), score("dmd2", 0, 19.0)])
+    one = folder(tmp_path / "a", [teacher, score("student", 0, 20.25), score("fvgen", 0, 20.0), score("dmd2", 0, 19.0)])
     two = folder(tmp_path / "b", [teacher, score("fvgen", 2, 21.0), score("fvgen", 1, 22.0, stopped="too dark")])
     main([str(one), str(two), "--json", str(tmp_path / "r.json")])
     found = {r["name"]: r for r in read_records(tmp_path / "r.json")}
@@ -35,12 +35,11 @@ def test_seeds_of_several_folders_are_one_row(tmp_path: Path, capsys: pytest.Cap
     assert full["real_psnr"] == {"desk": pytest.approx(19.0)}
     assert full["stopped"] == ["too dark"]
     assert full["gpu"] == "one"
-    assert found["tiny_psnr_student4"]["value"] == pytest.approx(20.0)  # the first seed's, which is bundled
-    assert found["tiny_psnr_student4"]["seeds"] == [0]
+    assert found["tiny_psnr_student4"]["value"] == pytest.approx(20.25)
     assert "psnr_deviation" not in found["ablation_dmd2_psnr"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5  # heads, rule and three rows, the teacher once
-    assert "| full method | 3 | 21.00 ± 1.00 |" in lines[3]
+    assert len(lines) == 6  # heads, rule and four rows, the teacher once
+    assert "| full method | 3 | 21.00 ± 1.00 |" in lines[4]
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
