@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
             _measure(arguments)
         return
     old = read_records(arguments.compare) if arguments.compare else None
+    if old == []:
+        raise UserError(f"{arguments.compare} holds no records to compare with; give another --compare")
     if arguments.suite == "report":
         _report(arguments, old)
         return

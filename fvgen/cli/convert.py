@@ -72,12 +72,14 @@ def _convert_dust3r(arguments: argparse.Namespace) -> None:
 
 def _convert_viewcrafter(arguments: argparse.Namespace) -> None:
     from fvgen.cli.progress import Stages
+    from fvgen.io.outputs import check_place
     from fvgen.models.bundle import INDEX_FILE
 
     source, output = _checkpoint(arguments.checkpoint), Path(arguments.output)
     if output.exists() and not (arguments.overwrite and (output / INDEX_FILE).is_file()):
         hint = "add --overwrite" if (output / INDEX_FILE).is_file() else "it holds something else than a model"
         raise UserError(f"the output directory {output} exists; choose another --output ({hint})")
+    check_place(output)
     import torch
 
     from fvgen.diffusion.convert import convert_checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fvgen.io.outputs import check_place
 from fvgen.pipeline import find_model
 from fvgen.utils.errors import UserError
 
@@ -14,6 +15,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists() and not arguments.overwrite:
         raise UserError(f"the output directory {output} exists; choose another --output or add --overwrite")
+    check_place(output)
     import torch
 
     from fvgen.distill.checkpoint import read_state

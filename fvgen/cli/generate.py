@@ -57,6 +57,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
             photos: Photos = read_images(arguments.photos) if among.main else []
         how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}
         if arguments.then:
+            arguments.then_from = arguments.then_from or "latest"
             paths = [arguments.trajectory, *arguments.then]
             clips = explore(pipeline, photos, paths, arguments.then_from, arguments.frames, **how)
             result = joined(clips, arguments.then_from)
@@ -84,6 +85,8 @@ def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, i
     frames = count_frames(arguments)
     if arguments.then:
         _check_then(arguments, world)
+    elif arguments.then_from:
+        raise UserError("--then-from says where the paths of --then start; add --then or leave it out")
     model = find_model(arguments.model)
     index = read_index(model)
     sampler, _ = choose_sampling(index, arguments.sampler, arguments.steps)

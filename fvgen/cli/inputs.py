@@ -28,7 +28,10 @@ def check_photos(arguments: argparse.Namespace) -> list[tuple[int, int]]:
         raise UserError("--min-confidence belongs to the geometry dust3r; leave it out or give --dust3r-weights")
     sizes = [image_size(photo) for photo in arguments.photos]
     if len(sizes) < 2 and not learned:
-        raise UserError("one photo was given and two or more are needed; add a photo of the same place from another position")
+        raise UserError(
+            "one photo was given and two or more are needed; add a photo of the same place from another position, "
+            "or give --dust3r-weights, with which one suffices"
+        )
     return sizes
 
 

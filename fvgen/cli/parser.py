@@ -66,7 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--then-from",
         choices=("latest", "photo"),
-        default="latest",
         help="where they start: at the end of the clip before, or at the photo (default: latest)",
     )
     generate.add_argument(
@@ -363,7 +362,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     suites = ("kernels", "raster", "dust3r", "sampler", "train", "speedup", "views", "all", "report")
     parser.add_argument("suite", choices=suites, metavar="SUITE", help=", ".join(suites))
-    parser.add_argument("results", nargs="*", metavar="RESULT", help="for report: result files to show together")
+    parser.add_argument("results", nargs="*", default=[], metavar="RESULT", help="for report: result files to show together")
     parser.add_argument("--json", metavar="FILE", help="write the records here, each as soon as it is measured")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --json")
     parser.add_argument("--compare", metavar="OLD.json", help="an earlier result; fails where a figure got worse by over 5 %%")

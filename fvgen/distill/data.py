@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fvgen.data.shards import ShardSet
 from fvgen.distill.networks import Batch, derived_seed
 from fvgen.types import Condition
 from fvgen.utils.errors import UserError
@@ -73,9 +74,12 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
 
 
 def check_data(data: str) -> None:
-    """Raises UserError unless ``data`` is "synthetic" or a folder."""
-    if data != "synthetic" and not Path(data).is_dir():
+    """Raises UserError unless ``data`` is "synthetic" or a folder with a whole set of clips."""
+    if data == "synthetic":
+        return
+    if not Path(data).is_dir():
         raise UserError(f"there is no data folder {data}; give synthetic or a folder of shards")
+    ShardSet(data)
 
 
 class ShardSource:
@@ -98,12 +102,6 @@ class ShardSource:
         latent_shape: tuple[int, ...],
         context_shape: tuple[int, int],
     ) -> None:
-        try:
-            from fvgen.data.shards import ShardSet
-        except ImportError as error:
-            raise UserError(
-                f"this installation cannot read shards ({error}); install fvgen again or use --data synthetic"
-            ) from error
         self._set, self._device = ShardSet(directory), device
         self._text = self._set.constants["text_tokens"].float()
         self._uncond = self._set.constants["uncond_context"].float()

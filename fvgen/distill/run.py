@@ -291,9 +291,12 @@ def read_record(output: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{output} is not the folder of a training run: it has no {RECORD}; give the --output of `fvgen distill`")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no settings")
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); restore it or choose another output directory") from error
+    return record
 
 
 def claim(output: Path, record: dict[str, Any]) -> None:

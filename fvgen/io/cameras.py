@@ -116,12 +116,12 @@ def _transforms_entry(data: dict[str, Any], frame: dict[str, Any], path: Path) -
         raise UserError(f"{path}: transform_matrix of {values.get('file_path')} is not 4x4; export the cameras again")
     world_from_cam = opencv_from_opengl(torch.from_numpy(pose)).numpy()
     name = str(values["file_path"])
-    focal_x = values.get("fl_x") or values.get("fl_y")
+    fl_x, fl_y = values.get("fl_x"), values.get("fl_y")
+    focal_x, focal_y = fl_y if fl_x is None else fl_x, fl_x if fl_y is None else fl_y
     angle = values.get("camera_angle_x")
     if focal_x is not None and size is not None:
-        focal_y = float(values.get("fl_y") or focal_x)
         cx, cy = float(values.get("cx", size[1] / 2)), float(values.get("cy", size[0] / 2))
-        K = np.array([[float(focal_x), 0, cx], [0, focal_y, cy], [0, 0, 1.0]])
+        K = np.array([[float(focal_x), 0, cx], [0, float(focal_y), cy], [0, 0, 1.0]])
         return CameraEntry(name, world_from_cam, K, size, distortion=distortion)
     if focal_x is not None and "cx" in values and "cy" in values:
         raise UserError(f"{path} gives fl_x but no w and h; add the image size the focal length belongs to")
@@ -194,7 +194,7 @@ def intrinsics(entry: CameraEntry, image_size: tuple[int, int], path: str | Path
                 "give the photos in the aspect ratio the cameras were made for"
             )
     if entry.K is not None and entry.size is not None:
-        K = np.diag([scale_x, scale_y, 1.0]) @ entry.K
+        K = np.array([[scale_x], [scale_y], [1.0]]) * entry.K
     else:
         assert entry.angle_x is not None
         if not 0.0 < entry.angle_x < math.pi:

@@ -25,8 +25,10 @@ def check_output(directory: str | PathLike[str], overwrite: bool = False, need_b
         need_bytes: about how much will be written.
 
     Raises:
-        UserError: it exists and may not be replaced, cannot be written, or the disk is full.
+        UserError: it has no name, exists and may not be replaced, cannot be written, or the disk is full.
     """
+    if not os.fspath(directory):
+        raise UserError("the name of the output directory is empty; give --output a name")
     path = Path(os.path.abspath(directory))
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{directory} exists and is not a directory; choose another --output")
@@ -44,6 +46,21 @@ def check_output(directory: str | PathLike[str], overwrite: bool = False, need_b
             raise UserError(
                 f"{directory} holds other files than a result of fvgen and will not be overwritten; choose another --output"
             )
+    check_place(path, need_bytes)
+    return path
+
+
+def check_place(directory: str | PathLike[str], need_bytes: int = 0) -> None:
+    """Refuses a place where nothing can be written, or not so much; nothing is left behind by asking.
+
+    Args:
+        directory: need not exist, nor its parents; what it holds is not looked at.
+        need_bytes: about how much will be written.
+
+    Raises:
+        UserError: see above.
+    """
+    path = Path(os.path.abspath(directory))
     parent = next(p for p in path.parents if p.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=parent))
@@ -54,7 +71,6 @@ def check_output(directory: str | PathLike[str], overwrite: bool = False, need_b
         raise UserError(
             f"the disk of {parent} has {free / 1e6:.0f} MB left and about {need_bytes / 1e6:.0f} MB are needed; free some space"
         )
-    return path
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def read_reference_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]
             raise UserError(f"{file} is not a readable safetensors file ({error}); get the checkpoint again") from None
     else:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             objects = isinstance(error, pickle.UnpicklingError)
-            reason = "it holds other objects" if objects else str(error).splitlines()[0]
+            reason = "it is no PyTorch file or holds other objects" if objects else str(error).splitlines()[0]
             raise UserError(f"{file} cannot be read as plain weights ({reason}); save its weights as safetensors") from None
         state = content.get("state_dict", content.get("module")) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:

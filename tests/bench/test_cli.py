@@ -130,7 +130,7 @@ def test_memory_ran_out(fvgen: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = {
-    "no suite": ("SUITE", ""),
+    "no suite": ("arguments are required: SUITE (see", ""),
     "suite": ("invalid choice", "sound"),
     "operator": ("there is no operator 'gelu'", "kernels --ops gelu"),
     "no shapes": ("--quick", "kernels --ops composite_points"),
@@ -163,6 +163,7 @@ CASES = {
     "broken result": ("not valid JSON", "report {broken}"),
     "missing old": ("cannot be read", "kernels --quick --compare none.json"),
     "broken old": ("not valid JSON", "kernels --quick --compare {broken}"),
+    "empty old": ("no records to compare with", "kernels --quick --compare {empty}"),
     "existing result": ("exists", "raster --quick --json {good}"),
     "folder": ("is a folder", "raster --quick --json {folder}"),
     "below a file": ("cannot write", "raster --quick --json {good}/deep.json"),
@@ -172,10 +173,11 @@ CASES = {
 
 @pytest.mark.parametrize(("words", "line"), CASES.values(), ids=CASES)
 def test_refused(fvgen: Run, tmp_path: Path, words: str, line: str) -> None:
-    names = {"good": "good.json", "other": "other.json", "broken": "broken.json", "folder": ""}
+    names = {"good": "good.json", "other": "other.json", "broken": "broken.json", "empty": "empty.json", "folder": ""}
     (tmp_path / "good.json").write_text(json.dumps([timed("a_ms", 1.0)]))
     (tmp_path / "other.json").write_text(json.dumps([timed("b_ms", 1.0)]))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "empty.json").write_text("[]")
     for name, file in names.items():
         line = line.replace("{" + name + "}", str(tmp_path / file))
     status, _, err = fvgen("bench", *line.split())

@@ -53,6 +53,7 @@ CASES = {
     "text": ("not an image", "{a} {text.jpg}"),
     "empty": ("not an image", "{a} {empty.jpg}"),
     "one photo": ("two or more are needed", "{a}"),
+    "one photo without DUSt3R": ("or give --dust3r-weights", "{a} --trajectory orbit:deg=10"),
     "no photo": ("PHOTO", ""),
     "the same photo": ("", "{a} {a}"),
     "sizes": ("differ in size", "{a} {other_size.png}"),
@@ -77,6 +78,7 @@ CASES = {
     "option": ("unrecognized arguments", "{a} {b} --colour red"),
 }
 GENERATE = {
+    "where without --then": ("add --then or leave it out", "{a} {b} --then-from photo"),
     "no steps": ("--steps: must be", "{a} {b} --steps 0"),
     "many steps": ("--steps: must be", "{a} {b} --steps 1001"),
     "sampler": ("--sampler: invalid choice", "{a} {b} --sampler magic"),
@@ -145,6 +147,11 @@ def test_no_gpu(fvgen: Run, scene: Photos, tmp_path: Path, monkeypatch: pytest.M
     for command in ("generate", "render"):
         result = fvgen(command, *scene.photos[:2], "--device", "cuda", "--output", tmp_path / "out")
         _refused(result, "no usable GPU", tmp_path, set())
+
+
+@pytest.mark.parametrize("command", ["generate", "render"])
+def test_nameless_output(fvgen: Run, scene: Photos, tmp_path: Path, command: str) -> None:
+    _refused(fvgen(command, *scene.photos[:2], "--output", ""), "give --output a name", tmp_path, set())
 
 
 def test_foreign_output(fvgen: Run, scene: Photos, tmp_path: Path) -> None:

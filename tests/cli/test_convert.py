@@ -88,7 +88,8 @@ def test_nothing_is_left_of_a_failure(fvgen: Run, checkpoint: Path, tmp_path: Pa
         "give the checkpoint file": ["dust3r"],
         "--preset belongs to viewcrafter": ["dust3r", checkpoint, "--preset", "viewcrafter_512"],
         "neither a state_dict nor a module": ["viewcrafter", tmp_path / "other.pth"],
-        "it holds other objects": ["viewcrafter", checkpoint],
+        "or holds other objects": ["viewcrafter", checkpoint],
+        "it is no PyTorch file": ["viewcrafter", tmp_path / "garbage.pth"],
         "--verify belongs to dust3r": ["viewcrafter", "--verify"],
         "no directory written by": ["dust3r", "--verify"],
     }
@@ -96,6 +97,9 @@ def test_nothing_is_left_of_a_failure(fvgen: Run, checkpoint: Path, tmp_path: Pa
         status, _, err = fvgen("convert", *command, "--output", tmp_path / "out")
         assert status == 2, words
         assert words in err
+    status, _, err = fvgen("convert", "viewcrafter", checkpoint, "--output", tmp_path / "garbage.pth" / "deep")
+    assert status == 2
+    assert "cannot write into" in err
     monkeypatch.setattr("fvgen.models.dust3r.stored.file_sha256", _interrupt)
     assert fvgen("convert", "dust3r", checkpoint, "--output", tmp_path / "out")[0] == 130
     assert {p.name for p in tmp_path.iterdir()} == before | {"garbage.pth", "other.pth"}

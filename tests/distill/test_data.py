@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +107,7 @@ class Shards:
 
 
 def test_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "fvgen.data.shards", types.SimpleNamespace(ShardSet=Shards))
+    monkeypatch.setattr("fvgen.distill.data.ShardSet", Shards)
     source = ShardSource(tmp_path, CPU, SHAPE, (6, WIDTH))
     batch = source.read([2, 0])
     assert source.count == 4

@@ -202,6 +202,8 @@ BAD = {
     "micro": ("divisor", ["--micro-batch", 2, "--batch", 3]),
     "recipe": ("is a tiny", ["--recipe", "viewcrafter_512"]),
     "data": ("no data folder", ["--data", "{new}", "--output", "{new}"]),
+    "no clips": ("no prepared clips", ["--data", "{empty}", "--output", "{new}"]),
+    "damaged record": ("cannot be read", ["--output", "{damaged}"]),
     "from": ("neither a training run", ["--from", "{empty}", "--output", "{new}"]),
     "shard": ("torchrun", ["--shard"]),
     "wandb": ("pip install wandb", ["--wandb"]),
@@ -213,9 +215,15 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, fvgen: Run, teacher: Path, tmp_path: Path) -> None:
     words, more = BAD[case]
-    places = {"new": tmp_path / "new", "empty": tmp_path / "empty", "thesis": tmp_path / "thesis"}
-    for name in ("empty", "thesis", "run"):
+    places = {
+        "new": tmp_path / "new",
+        "empty": tmp_path / "empty",
+        "thesis": tmp_path / "thesis",
+        "damaged": tmp_path / "damaged",
+    }
+    for name in ("empty", "thesis", "run", "damaged"):
         (tmp_path / name).mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("[]")
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     record = {"settings": {"lr": 5e-5}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
@@ -233,3 +241,7 @@ def test_export_refuses(fvgen: Run, tmp_path: Path) -> None:
     assert status == 2
     assert "neither a training run" in err
     assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    status, _, err = fvgen("export-student", tmp_path, "--output", tmp_path / "file" / "deep")
+    assert status == 2
+    assert "cannot write into" in err

@@ -156,6 +156,8 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(at={(3, 0): 0.5}), "not a rotation"),
         (bad(fl_x=-3.0), "focal length"),
         (bad(fl_x=math.inf), "focal length"),
+        (bad(fl_x=0), "focal length"),
+        (bad(fl_y=0.0), "focal length"),
         (bad(fl_x=None), "neither"),
         (transforms(), "not in the camera file"),
         ({"frames": 3}, "not a transforms.json"),

@@ -108,7 +108,7 @@ def read_dust3r_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tens
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         objects = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds other objects" if objects else str(error).splitlines()[0]
+        reason = "it is no PyTorch file or holds other objects" if objects else str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read as plain weights ({reason}); save its weights as safetensors") from None
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
