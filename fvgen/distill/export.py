@@ -49,6 +49,7 @@ def export_student(
     )
     bundle.save_pretrained(output, dtype)
     names = ("stage", "iteration", "samples")
-    origin = {"checkpoint": found.name, "average": average, "teacher_share": teacher_share, **{k: state[k] for k in names}, "run": state["run"]}
+    how = {"checkpoint": found.name, "average": average, "teacher_share": teacher_share}
+    origin = {**how, **{k: state[k] for k in names}, "run": state["run"]}
     write_json_durably(output / "distillation.json", origin)
     return origin

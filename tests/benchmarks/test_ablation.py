@@ -39,7 +39,8 @@ def test_without_learning_every_student_is_the_teacher(bundle: ModelBundle, tmp_
     for row in ROWS:
         ablation.run(row, 3)
     scores = {(s["row"], s["seed"]): s for s in json.loads((tmp_path / SCORES).read_text())}
-    assert set(scores) == {(r, 3) for r in ROWS} | {(r, 0) for r in ("teacher4", "teacher50", "untrained", "student", "fast", "vae")}
+    others = ("teacher4", "teacher50", "untrained", "student", "fast", "vae")
+    assert set(scores) == {(r, 3) for r in ROWS} | {(r, 0) for r in others}
     for row in ROWS:
         for key in ("psnr", "ssim", "frechet"):
             assert scores[row, 3][key] == scores["untrained", 0][key]
