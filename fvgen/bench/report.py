@@ -66,6 +66,8 @@ def report_text(records: Sequence[Record], pictures: dict[str, str]) -> str:
         pictures: file name -> caption.
     """
     lines = ["# Measured", "", "Written by `fvgen bench report` from the result files; times are medians.", "", *_origin(records)]
+    if any("--quick" in str(record.get("command", "")).split() for record in records):
+        lines += ["", "Measured with `--quick`, at small shapes in few rounds: this shows that it runs, and measures nothing."]
     suites: dict[str, list[Record]] = {}
     for record in records:
         suites.setdefault(_suite(record), []).append(record)

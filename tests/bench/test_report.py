@@ -145,6 +145,12 @@ def test_a_sweep_varies_one_size(records):
     assert [x for x, _ in sweep(records, "views", backward=True)] == [16]
 
 
+def test_quick_figures_are_called_so(records):
+    words = "measures nothing"
+    assert words not in report_text(records, {})
+    assert words in report_text([*records, {**records[0], "command": "fvgen bench raster --quick --json RESULT.json"}], {})
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="no records"):
         write_report([], tmp_path)
