@@ -117,11 +117,12 @@ def _transforms_entry(data: dict[str, Any], frame: dict[str, Any], path: Path) -
     world_from_cam = opencv_from_opengl(torch.from_numpy(pose)).numpy()
     name = str(values["file_path"])
     fl_x, fl_y = values.get("fl_x"), values.get("fl_y")
-    focal_x, focal_y = fl_y if fl_x is None else fl_x, fl_x if fl_y is None else fl_y
+    focal_x = fl_y if fl_x is None else fl_x
     angle = values.get("camera_angle_x")
-    if focal_x is not None and focal_y is not None and size is not None:
+    if focal_x is not None and size is not None:
+        focal_y = float(focal_x if fl_y is None else fl_y)
         cx, cy = float(values.get("cx", size[1] / 2)), float(values.get("cy", size[0] / 2))
-        K = np.array([[float(focal_x), 0, cx], [0, float(focal_y), cy], [0, 0, 1.0]])
+        K = np.array([[float(focal_x), 0, cx], [0, focal_y, cy], [0, 0, 1.0]])
         return CameraEntry(name, world_from_cam, K, size, distortion=distortion)
     if focal_x is not None and "cx" in values and "cy" in values:
         raise UserError(f"{path} gives fl_x but no w and h; add the image size the focal length belongs to")
