@@ -129,8 +129,8 @@ class ClipEngine:
             shifts = self.shifts(time, x.shape[0], x.shape[2])
             # of a pair of steps; the last step of all decides on the details
             left_out = 0 if i // 2 == (len(times) - 1) // 2 else self.unet.most_left_out
-            v, found = self.unet.with_lower(UNetEngine.stack(x, condition.latents), shifts, condition.keys, lower, left_out)
-            lower = found if self.fast and i % 2 == 0 else None
+            v, lower = self.unet.with_lower(UNetEngine.stack(x, condition.latents), shifts, condition.keys, lower, left_out)
+            lower = lower if self.fast and i % 2 == 0 else None  # what no step takes is not kept
             x0 = torch.add((a / s) * x, v, alpha=-b / s)
             if callback is not None:
                 callback(i + 1, len(times), x0)

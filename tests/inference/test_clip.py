@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,6 +68,42 @@ def test_fast_mode_approximates_and_says_the_same_with_one_step(bundle: ModelBun
     several = [m.few_step(m.condition(renders), 4) for m in (exact, fast)]
     difference = (several[1] - several[0]).norm() / several[0].norm()
     assert 1e-4 < difference < 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (1, ["full"]),
+        (2, ["full", "lower resolutions"]),
+        (3, ["full", "all but the last layer", "full"]),
+        (4, ["full", "all but the last layer", "full", "lower resolutions"]),
+    ],
+)
+def test_what_the_steps_of_fast_mode_take_from_the_step_before(
+    bundle: ModelBundle, steps: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ClipEngine(bundle, torch.float32, fast=True)
+    run, calls = engine.unet.with_lower, []
+
+    def note(x: Tensor, shifts, keys, lower, left_out: int):
+        result = run(x, shifts, keys, lower, left_out)
+        calls.append((lower, left_out, result[1]))
+        return result
+
+    monkeypatch.setattr(engine.unet, "with_lower", note)
+    engine(_renders(1), torch.randn(steps, *engine.latent_shape((1, FRAMES, 3, HEIGHT, WIDTH))))
+    names = {0: "lower resolutions", len(engine.unet._up[-1]) - 1: "all but the last layer"}
+    assert ["full" if lower is None else names[left_out] for lower, left_out, _ in calls] == expected
+    for (_, kept, found), (lower, left_out, _) in pairwise(calls):
+        assert lower is None or (lower is found and left_out == kept), "features of the step before, cut at the same place"
+
+
+def test_every_step_is_whole_without_fast_mode(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ClipEngine(bundle, torch.float32)
+    run, lowers = engine.unet.with_lower, []
+    monkeypatch.setattr(engine.unet, "with_lower", lambda *given: (lowers.append(given[3]), run(*given))[1])
+    engine(_renders(1), torch.randn(4, *engine.latent_shape((1, FRAMES, 3, HEIGHT, WIDTH))))
+    assert lowers == [None] * 4
 
 
 def test_no_graph_without_a_gpu(bundle: ModelBundle) -> None:

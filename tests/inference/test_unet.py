@@ -98,6 +98,28 @@ def test_the_lower_resolutions_can_be_taken_from_an_earlier_call() -> None:
     assert not torch.allclose(other, engine(0.5 * x, shifts, keys)), "the lower ones must not"
 
 
+@pytest.mark.parametrize("layers_per_level", [1, 2])
+def test_all_but_the_last_layer_can_be_taken_from_an_earlier_call(layers_per_level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = _network(channel_mult=(1, 2, 2), attention_resolutions=(1, 2), layers_per_level=layers_per_level)
+    x, timesteps, context, fps = _inputs(1, 48, height=8, width=12)
+    engine = UNetEngine(unet, torch.float64)
+    shifts, keys = engine.shifts(timesteps, fps, 3), engine.keys(context, 3)
+    blocks: list[int] = []  # by their number in the order in which the network is packed
+    run = UNetEngine._run
+    monkeypatch.setattr(UNetEngine, "_run", staticmethod(lambda layer, *rest: (blocks.append(layer.shift), run(layer, *rest))[1]))
+
+    most, last = engine.most_left_out, len(engine._shifts) - 1
+    assert most == layers_per_level
+    full, lower = engine.with_lower(x, shifts, keys, left_out=most)
+    assert torch.equal(full, engine(x, shifts, keys)), "nothing is left out without earlier features"
+    blocks.clear()
+    assert torch.equal(engine.with_lower(x, shifts, keys, lower, most)[0], full)
+    assert blocks == [last], "what runs is the last block on the way up, beside the input's convolution"
+    other = engine.with_lower(0.5 * x, shifts, keys, lower, most)[0]
+    assert not torch.equal(other, full), "the last layer must see the present input"
+    assert not torch.allclose(other, engine(0.5 * x, shifts, keys)), "the others must not"
+
+
 def test_a_pending_sum() -> None:
     x, residual, bias = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4)
     kept = x.clone()
