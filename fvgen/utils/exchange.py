@@ -1,6 +1,7 @@
 """Objects from one process to the others: tensors travel as they are, between GPUs by NCCL, and only the rest is pickled.
 
-``torch.distributed`` pickles whole objects, which takes longer for a clip's frames than a GPU takes to make them.
+``torch.distributed`` pickles whole objects, which takes longer for a clip's frames than a GPU takes to make them. What is
+unpickled comes from the processes of the same job alone, as there.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def test_geometry_is_that_of_the_cpu(scene: Photos, converted: Path) -> None:
     photos = read_images(scene.photos[:2])
     expected, found = (Dust3rEstimator(converted, device)(photos) for device in ("cpu", "cuda"))
     assert found.points.device.type == found.cameras.K.device.type == "cpu"
+    # a focal length is a mean over rays, as far off as the points they come from, and twice that to be safe
     torch.testing.assert_close(found.cameras.K, expected.cameras.K, rtol=0.02, atol=0.5)
     valid = (found.confidence > 0) & (expected.confidence > 0)
     assert valid.float().mean() > 0.5
