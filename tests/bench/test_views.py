@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ from fvgen.bench.report import report_text
 from fvgen.bench.views import five_photos, measure_views
 from fvgen.pipeline import find_model
 from fvgen.workers import Workers
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import environment
 
 
 @pytest.mark.slow
@@ -26,8 +24,7 @@ def test_two_processes(tmp_path: Path, device: str) -> None:
     file = tmp_path / "two.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fvgen.cli"]
     command += ["bench", "views", "--quick", "--device", device, "--json", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("records in") == 1  # of the first process alone
     one, halves, two = json.loads(file.read_text())

@@ -29,15 +29,18 @@ def pixels(root: Path, folder: str) -> np.ndarray:
 
 
 def test_geometry_is_that_of_the_cpu(scene: Photos, converted: Path) -> None:
-    """In TF32, whose products have 11 bits: to a hundredth for nearly all pixels of two photos."""
+    """In TF32, whose products have 11 bits: to a hundredth for nearly all pixels of the first photo.
+
+    Not the second one's: a random network's photos agree on no pose, so rounding decides where RANSAC puts that camera.
+    """
     photos = read_images(scene.photos[:2])
     expected, found = (Dust3rEstimator(converted, device)(photos) for device in ("cpu", "cuda"))
     assert found.points.device.type == found.cameras.K.device.type == "cpu"
     # a focal length is a mean over rays, as far off as the points they come from, and twice that to be safe
     torch.testing.assert_close(found.cameras.K, expected.cameras.K, rtol=0.02, atol=0.5)
-    valid = (found.confidence > 0) & (expected.confidence > 0)
+    valid = (found.confidence[0] > 0) & (expected.confidence[0] > 0)
     assert valid.float().mean() > 0.5
-    apart = (found.points - expected.points)[valid].norm(dim=-1) / expected.points[valid].norm(dim=-1)
+    apart = (found.points[0] - expected.points[0])[valid].norm(dim=-1) / expected.points[0][valid].norm(dim=-1)
     assert apart.quantile(0.9) < 0.01
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +10,13 @@ import pytest
 
 from fvgen.workers import Workers
 from tests.cli.conftest import Photos, Run
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.processes import environment
 
 
 def _launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     every = [*command, "-m", "fvgen.cli", *map(str, arguments)]
-    return subprocess.run(every, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(every, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), timeout=300)
 
 
 def _contents(root: Path) -> dict[str, bytes]:
@@ -33,8 +30,7 @@ def test_two_processes_write_what_one_does(scene: Photos, model: str, tmp_path: 
     command = ["generate", *scene.all, "--cameras", scene.cameras, "--frames", 3, "--steps", 2, "--device", device]
     command += ["--model", model if device == "cpu" else "tiny"]
     alone = [sys.executable, "-m", "fvgen.cli", *map(str, command), "--clips-at-once", "1", "--output", str(tmp_path / "one")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    first = subprocess.run(alone, env=environment, capture_output=True, text=True, timeout=300)
+    first = subprocess.run(alone, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
     done = _launch(*command, "--clips-at-once", 1, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fvgen.kernels.cross_attention import cross_attention, spec
 from fvgen.models.attention import CrossAttention
+from tests.processes import interpret
 
 SHAPES = [
     {"shape": (4, 3, 2, 5), "text": (1, 7), "image": (4, 2)},
@@ -162,10 +158,6 @@ check({"shape": (2, 150, 1, 8), "text": (1, 70), "image": (1, 140)}, "wide")
 """
 
 
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(tmp_path):
     """Masks over queries, tokens and channels, in float32 (the interpreter's bfloat16 is not to be trusted)."""
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+    interpret(tmp_path, _INTERPRETED)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +14,7 @@ from fvgen.diffusion.timesteps import make_timesteps
 from fvgen.kernels._philox import normal_like
 from fvgen.kernels.diffusion_step import student_step, teacher_step
 from fvgen.types import Condition
+from tests.processes import interpret
 
 SHAPE = (2, 3, 2, 5, 3)
 COUNTERS = 2 * 23  # of one draw in this shape
@@ -146,9 +142,5 @@ for op in spec.SPECS:
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
 
 from fvgen.kernels.geglu import geglu, reference
+from tests.processes import interpret
 
 
 def test_the_gate_is_the_second_half():
@@ -82,9 +78,5 @@ for found_by, expected_by, op in ((triton.geglu, reference.geglu, spec.FORWARD),
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +12,7 @@ from fvgen.kernels.group_norm_silu import (
     group_norm_silu_residual,
     group_norm_silu_skip,
 )
+from tests.processes import interpret
 
 NAMES = ("x", "weight", "bias", "emb")
 SHAPES = [(2, 1, 32, 8), (3, 7, 40, 5), (2, 130, 32, 8), (1, 1, 8, 1)]
@@ -271,12 +267,8 @@ for small in (True, False):  # with and without the single pass
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fvgen.kernels.layer_norm_residual import layer_norm_residual
+from tests.processes import interpret
 
 NAMES = ("x", "weight", "bias", "residual")
 
@@ -112,12 +108,8 @@ assert mine <= 1.5 * largest_error(spec._library(x, residual, weight, bias, eps)
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)
 
 
 @pytest.mark.parametrize("warps", [1, 2, 4, 8, 16])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from torch.nn import functional
 
 from fvgen.kernels._testing import assert_close, poisoned_memory
 from fvgen.kernels.linear_geglu import linear_geglu, reference
+from tests.processes import interpret
 
 
 def layer(shape: tuple[int, ...], channels: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple:
@@ -124,13 +121,7 @@ for case in spec.FORWARD.cases:
 
 @pytest.mark.parametrize("text", [_GELU, _INTERPRETED], ids=["gelu", "operator"])
 def test_kernels_in_the_interpreter(text, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    script = tmp_path / "script.py"  # Triton reads the source of a kernel from its file
-    script.write_text(text)
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+    interpret(tmp_path, text)
 
 
 def test_tiles_of_the_closest_number_of_rows(monkeypatch):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fvgen.kernels._philox import normal_like, philox
 from fvgen.kernels.noise_injection import noise_injection
+from tests.processes import interpret
 
 TABLES = torch.rand(3, 50, generator=torch.Generator().manual_seed(1))
 
@@ -79,10 +75,6 @@ for shape in ((2, 3, 5, 7), (1, 1030), (3, 4)):
 """
 
 
-def test_kernel_in_the_interpreter():
+def test_kernel_in_the_interpreter(tmp_path):
     """Noise, formula and masks of the Triton kernels, in float32 (the interpreter's bfloat16 is not to be trusted)."""
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+    interpret(tmp_path, _INTERPRETED)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +9,7 @@ from torch import Tensor
 from fvgen.kernels._testing import largest_error, poisoned_memory
 from fvgen.kernels.point_map_distance import point_map_distance
 from fvgen.kernels.point_map_distance.spec import SPEC
+from tests.processes import interpret
 
 MOVED = ("depths", "cameras", "motions")
 NAMES = ("depths", "rays", "cameras", "motions", "points", "weights")
@@ -91,12 +87,8 @@ for case in spec.SPEC.cases:
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)
 
 
 def on_a_gpu(given: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

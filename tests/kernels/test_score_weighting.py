@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fvgen.kernels.score_weighting import DIVERGENCES, divergence_weight, score_weighting
+from tests.processes import interpret
 
 F_SECOND = {  # f''(r) of each divergence E_fake[f(r)]
     "reverse_kl": lambda r: 1 / r**2,  # f = -log r
@@ -119,9 +116,5 @@ for case in spec.SPEC.cases:
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fvgen.kernels.temporal_attention import spec, temporal_attention
 from fvgen.models.attention import SelfAttention
+from tests.processes import interpret
 
 
 def packed(b=2, t=5, s=3, h=2, d=4):
@@ -130,10 +126,6 @@ for shape, causal, m in cases:
 """
 
 
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(tmp_path):
     """Masks over frames, sites and channels, in float32 (the interpreter's bfloat16 is not to be trusted)."""
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+    interpret(tmp_path, _INTERPRETED)

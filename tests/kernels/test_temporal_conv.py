@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
 
 from fvgen.kernels._testing import assert_close
 from fvgen.kernels.temporal_conv import pack, reference, temporal_conv, temporal_conv_statistics
+from tests.processes import interpret
 
 NAMES = ("x", "weight", "bias", "residual")
 SHAPES = [(1, 1, 3, 2, 4), (2, 2, 5, 3, 2), (3, 7, 4, 5, 6)]
@@ -208,9 +204,5 @@ for shape, channels, tiles in (
 """
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=env, capture_output=True, text=True, cwd=root / "tests")
-    assert done.returncode == 0, done.stderr
+def test_kernels_in_the_interpreter(tmp_path):
+    interpret(tmp_path, _INTERPRETED)
