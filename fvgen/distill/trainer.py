@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fvgen.distill import checkpoint
 from fvgen.distill.data import Order, Source
@@ -154,8 +154,8 @@ class Trainer:
         student = self.phase == self.method.critic_updates
         step = self.method.student_update if student else self.method.critic_update
         # of all networks: the student's loss also reaches the head
-        for module in self.roles.trained.values():
-            self._zero(module)
+        for optimiser in self._optimisers.values():
+            optimiser.zero()
         rows, samples, trained = [], [], ()
         for call in range(self._calls):
             batch = next(self._batches)  # type: ignore[arg-type]
@@ -252,14 +252,6 @@ class Trainer:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
-
-    def _zero(self, module: nn.Module) -> None:
-        if not self.settings.graphs or self._parallel.mesh is not None:
-            module.zero_grad(set_to_none=True)
-            return
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if gradients:  # the graphs add to these very tensors
-            torch._foreach_zero_(gradients)
 
     def _draws(self, lane: int) -> Draws:
         """The random numbers of one forward call of this update; ``lane`` counts those of all ranks."""

@@ -15,7 +15,7 @@ from fvgen.kernels._spec import Case, Cost, OpSpec, Tolerance
 from fvgen.kernels._triton import TritonKernel, launcher, unavailable, unsupported
 from fvgen.kernels.image_conv import reference
 
-MOST_TAPS = 128  # 9 channels x 9 taps and more would only be padded further: ordinary convolutions do better
+MOST_TAPS = 256  # times channels, of half precision: more do not fit into a tile, and ordinary convolutions do better
 
 
 def _from(
@@ -65,8 +65,8 @@ def _large(height: int, width: int) -> str | None:
 def _supports_from(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     if weight.dtype != bias.dtype or x.dtype == torch.float64 or not x.is_floating_point():
         return "dtypes that do not fit"
-    if weight.shape[0] > MOST_TAPS:
-        return f"more than {MOST_TAPS} taps"
+    if weight.shape[0] * weight.element_size() > 2 * MOST_TAPS:
+        return f"{weight.shape[0]} taps in {weight.dtype}"
     if sum(stride * size for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True)) >= 2**31:
         return "an image that takes 2^31 numbers"
     return _large(*x.shape[2:]) or unsupported(weight, bias)
@@ -75,8 +75,8 @@ def _supports_from(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
 def _supports_to(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     if weight.dtype != x.dtype:
         return "different dtypes"
-    if weight.shape[1] > MOST_TAPS:
-        return f"more than {MOST_TAPS} taps"
+    if weight.shape[1] * weight.element_size() > 2 * MOST_TAPS:
+        return f"{weight.shape[1]} taps in {weight.dtype}"
     return _large(*x.shape[1:3]) or unsupported(x, weight, bias)
 
 
@@ -114,7 +114,7 @@ def _from_kernel(image: str, kind: str, channels: int, bias: bool) -> TritonKern
     pointers = {"x_ptr": image, "weight_ptr": kind, "bias_ptr": kind, "out_ptr": kind}
     sizes = dict.fromkeys(("height", "width", "image", "channel", "row", "column", "outputs"), "i32")
     block_k = 1 << (9 * channels - 1).bit_length()
-    constants: dict[str, Any] = {"CHANNELS": channels, "HAS_BIAS": bias, "BLOCK_M": 64 if block_k > 64 else 128}
+    constants: dict[str, Any] = {"CHANNELS": channels, "HAS_BIAS": bias, "BLOCK_M": min(128, 8192 // block_k)}
     constants |= {"BLOCK_K": block_k, "BLOCK_N": 64}
     warps = 8 if block_k > 32 else 4
     return TritonKernel("image_conv.triton", "from_image_kernel", {**pointers, **sizes}, constants, warps, multiples=("outputs",))
@@ -123,7 +123,7 @@ def _from_kernel(image: str, kind: str, channels: int, bias: bool) -> TritonKern
 def _taps_kernel(kind: str, outputs: int) -> TritonKernel:
     signature = {"x_ptr": kind, "weight_ptr": kind, "taps_ptr": "*fp32", "pixels": "i32", "channels": "i32"}
     block_n = 1 << (9 * outputs - 1).bit_length()
-    constants = {"WIDTH": 9 * outputs, "BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
+    constants = {"WIDTH": 9 * outputs, "BLOCK_M": 128, "BLOCK_K": 32 if kind == "*fp32" else 64, "BLOCK_N": block_n}
     warps = 8 if block_n > 64 else 4
     return TritonKernel("image_conv.triton", "taps_kernel", signature, constants, warps, multiples=("channels",))
 
@@ -140,7 +140,7 @@ _FROM: dict[str, dict] = {
     "float32_image": {"shape": (1, 3, 9, 8), "outputs": 16, "image": torch.float32},
     "across_tiles": {"shape": (2, 1, 13, 21), "outputs": 160},
     "one_pixel": {"shape": (2, 3, 1, 1), "outputs": 4},
-    "many_taps": {"shape": (1, 14, 3, 4), "outputs": 8},
+    "many_taps": {"shape": (1, 14, 9, 4), "outputs": 70},
     "empty": {"shape": (0, 3, 5, 7), "outputs": 8},
 }
 _TO: dict[str, dict] = {
@@ -149,6 +149,7 @@ _TO: dict[str, dict] = {
     "across_tiles": {"shape": (2, 13, 21, 72), "outputs": 1},
     "one_pixel": {"shape": (2, 1, 1, 8), "outputs": 4},
     "deep": {"shape": (1, 3, 5, 200), "outputs": 8},
+    "many_taps": {"shape": (1, 9, 4, 40), "outputs": 14},
     "no_images": {"shape": (0, 5, 7, 16), "outputs": 3},
 }
 # first and last convolutions of the VAE and of the network
@@ -182,6 +183,8 @@ FROM = OpSpec(
         _from_kernel("*fp32", "*bf16", 3, False),
         _from_kernel("*fp32", "*bf16", 5, False),
         _from_kernel("*fp32", "*bf16", 8, True),
+        _from_kernel("*fp32", "*bf16", 28, True),
+        _from_kernel("*fp32", "*fp32", 14, True),
     ),
 )
 TO = OpSpec(
@@ -197,7 +200,13 @@ TO = OpSpec(
     tolerance=Tolerance(forward=5e-6),
     cost=_cost_to,
     baselines={"eager": _eager_to},
-    kernels=(_taps_kernel("*bf16", 3), _taps_kernel("*bf16", 4), _taps_kernel("*bf16", 8), _sum_kernel(3)),
+    kernels=(
+        _taps_kernel("*bf16", 3),
+        _taps_kernel("*bf16", 4),
+        _taps_kernel("*bf16", 8),
+        _taps_kernel("*bf16", 16),
+        _sum_kernel(3),
+    ),
 )
 
 conv_from_image_op = build_op(FROM)

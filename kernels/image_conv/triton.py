@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PIXELS, DEPTH = 128, 64  # of a tile of all taps
+PIXELS, DEPTH_BYTES = 128, 128  # of a tile of all taps
 TAKEN = 1024  # pixels of a program that adds up taps
 
 
@@ -86,7 +86,7 @@ def from_tile(channels: int, outputs: int) -> dict[str, int]:
     """Tile and warps: the gathered taps of a tile stay in registers, so many taps take few pixels."""
     block_k = max(16, triton.next_power_of_2(9 * channels))
     block_n = min(64, max(16, triton.next_power_of_2(outputs)))
-    return {"BLOCK_M": 64 if block_k > 64 else 128, "BLOCK_K": block_k, "BLOCK_N": block_n, "num_warps": 8 if block_k > 32 else 4}
+    return {"BLOCK_M": min(128, 8192 // block_k), "BLOCK_K": block_k, "BLOCK_N": block_n, "num_warps": 8 if block_k > 32 else 4}
 
 
 def conv_from_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def conv_to_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         block_n = max(16, triton.next_power_of_2(taps_wide))
         taps_kernel[(n * triton.cdiv(pixels, PIXELS),)](
             x, weight, taps, pixels, channels, WIDTH=taps_wide,
-            BLOCK_M=PIXELS, BLOCK_K=DEPTH, BLOCK_N=block_n, num_warps=8 if block_n > 64 else 4,
+            BLOCK_M=PIXELS, BLOCK_K=DEPTH_BYTES // x.element_size(), BLOCK_N=block_n, num_warps=8 if block_n > 64 else 4,
         )  # fmt: skip
         sum_taps_kernel[(n * out.shape[1] * triton.cdiv(pixels, TAKEN),)](
             taps, bias, out, height, width, OUTPUTS=out.shape[1], BLOCK=TAKEN, num_warps=4
