@@ -237,6 +237,26 @@ def test_forward_calls_that_cannot_be_dealt_out(teacher: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--teacher", "nowhere"], "there is no model 'nowhere'"),
+        (["--teacher", "{empty}"], "is not a model directory"),
+        (["--recipe", "viewcrafter_512"], "is a tiny, not a viewcrafter_512; give --recipe or --teacher"),
+        (["--wandb"], "pip install wandb"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    fvgen: Run, teacher: Path, tmp_path: Path, options: list[str], words: str, dry: list[str]
+) -> None:
+    more = [option.format(empty=tmp_path) for option in options]
+    status, out, err = fvgen(*command(teacher, tmp_path / "run", *more, *dry))
+    assert (status, out) == (2, "")
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
 BAD = {
     "another run": ("holds a run with another", ["--lr", 0.5]),
     "no such stage": ("leave --stage out", ["--method", "dmd2", "--stage", 2]),
