@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fvgen import envs
+from fvgen.utils.device import take_gpu
 from fvgen.utils.errors import UserError
 
 LAYOUTS = ("replicate", "shard")
@@ -68,15 +69,7 @@ class Parallel:
                 torch.cuda.set_device(alone)
             return Parallel(0, 1, alone)
         rank, world, local_rank = launched
-        if device.startswith("cuda"):
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start fewer"
-                )
-            where = torch.device("cuda", local_rank)
-            torch.cuda.set_device(where)
-        else:
-            where = torch.device("cpu")
+        where = torch.device(take_gpu(local_rank) if device.startswith("cuda") else "cpu")
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
         mesh = dist.device_mesh.init_device_mesh(where.type, (world,)) if layout == "shard" else None
         return Parallel(rank, world, where, mesh)

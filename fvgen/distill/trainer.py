@@ -28,7 +28,6 @@ from fvgen.distill.prefetch import Prefetcher
 from fvgen.distill.roles import Roles
 from fvgen.distill.settings import Cadence, TrainSettings
 from fvgen.distill.weight_mean import WeightMean
-from fvgen.utils.errors import UserError
 
 
 @dataclass
@@ -79,10 +78,6 @@ class Trainer:
         validate: Callable[[Trainer, str], dict[str, float]] | None = None,
         samples: int = 0,
     ) -> None:
-        if settings.lanes % parallel.world:
-            calls, processes = f"{settings.lanes} forward calls of {settings.micro_batch} clips", f"{parallel.world} processes"
-            smaller = max(1, settings.batch // parallel.world)
-            raise UserError(f"{calls} cannot be dealt out to {processes}; give another --batch, or --micro-batch {smaller}")
         self.stage, self.method, self.roles, self.settings = stage, method, roles, settings
         self._cadence, self._parallel, self._folder, self._log = cadence, parallel, folder, log
         self._describe, self._guards, self._validate = describe or {}, guards or Guards(), validate
@@ -91,7 +86,7 @@ class Trainer:
         self._optimisers = {name: NetworkOptimiser(module, settings, parallel) for name, module in roles.trained.items()}
         self.average = WeightAverage(roles.trained["student"], settings.ema)
         self._history = History()
-        self._calls = settings.lanes // parallel.world  # forward calls of this rank per update
+        self._calls = settings.calls(parallel.world)  # forward calls of this rank per update
         self._batches: Prefetcher | None = None
         self._fetched_at = (time.monotonic(), 0)
         self._saved_at = time.monotonic()
