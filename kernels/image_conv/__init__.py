@@ -23,7 +23,8 @@ def conv_from_image(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """A 3x3 convolution with a border of one zero, from few channels to channels last. Not differentiable.
 
     Args:
-        x: ``[N, C, H, W]`` of any strides and floating dtype, with 9 C up to ``MOST_TAPS``, half of it in float32 (more on the slower path).
+        x: ``[N, C, H, W]`` of any strides and floating dtype, with 9 C up to ``MOST_TAPS``, half of it for a float32 weight (more
+            on the slower path).
         weight: ``[9 C, O]`` float32, bfloat16 or float16 (float64 on the slower path), see :func:`pack_from_image`.
         bias: ``[O]`` in the dtype of the weight.
 
@@ -45,8 +46,8 @@ def conv_to_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: ``[N, H, W, C]`` float32, bfloat16 or float16 (float64 on the slower path).
-        weight: ``[C, 9 O]`` in the dtype of x with 9 O up to ``MOST_TAPS``, half of it in float32 (more on the
-            slower path), see :func:`pack_to_image`.
+        weight: ``[C, 9 O]`` in the dtype of x with 9 O up to ``MOST_TAPS``, half of it in float32 (more on the slower path), see
+            :func:`pack_to_image`.
         bias: ``[O]``.
 
     Returns:

@@ -205,6 +205,7 @@ TO = OpSpec(
         _taps_kernel("*bf16", 4),
         _taps_kernel("*bf16", 8),
         _taps_kernel("*bf16", 16),
+        _taps_kernel("*fp32", 14),
         _sum_kernel(3),
     ),
 )
