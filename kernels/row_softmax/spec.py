@@ -38,7 +38,15 @@ def _cost(x: Tensor) -> Cost:
     return Cost(bytes=2 * x.numel() * x.element_size(), flops=6 * x.numel())
 
 
-_SHAPES = {"small": (2, 3, 10), "vector": (7,), "one_entry": (5, 1), "odd": (3, 5, 257), "long": (2, 5003), "empty": (0, 8)}
+_SHAPES = {
+    "small": (2, 3, 10),
+    "vector": (7,),
+    "one_entry": (5, 1),
+    "odd": (3, 5, 257),
+    "long": (2, 5003),
+    "just_over": (3, 1030),
+    "empty": (0, 8),
+}
 # logits of the VAE's attention: frames at once, pixels, pixels
 _CLIPS = {"16x320x512": (16, 2560, 2560), "25x576x1024": (3, 9216, 9216)}
 
@@ -60,8 +68,10 @@ FORWARD = OpSpec(
     cost=_cost,
     baselines={"eager": partial(torch.softmax, dim=-1)},
     kernels=tuple(
-        TritonKernel("row_softmax.triton", "row_softmax_kernel", {"x_ptr": k, "out_ptr": k, "length": "i32"}, {"BLOCK": b}, w)
-        for k, b, w in (("*bf16", 4096, 4), ("*bf16", 16384, 16), ("*fp32", 32768, 16))
+        TritonKernel(
+            "row_softmax.triton", "row_softmax_kernel", {"x_ptr": k, "out_ptr": k, "length": "i32"}, {"BLOCK": b, "EXTRA": e}, w
+        )
+        for k, b, e, w in (("*bf16", 2048, 512, 2), ("*bf16", 8192, 1024, 8), ("*fp32", 32768, 0, 16))
     ),
 )
 
