@@ -60,8 +60,8 @@ def _eager(x: Tensor, residual: Tensor, fill: Tensor, before: int, after: int) -
 def _kernel(residual: bool, channels: int) -> TritonKernel:
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "fill_ptr", "out_ptr"), "*bf16")
     sizes = dict.fromkeys(("height", "width", "before", "after"), "i32")
-    constants: dict[str, Any] = {"CHANNELS": channels, "HAS_RESIDUAL": residual, "BLOCK": 4096, "ONCE": True}
-    return TritonKernel("padded_sum.triton", "padded_sum_kernel", {**pointers, **sizes}, constants)
+    constants: dict[str, Any] = {"CHANNELS": channels, "HAS_RESIDUAL": residual, "BLOCK": 2048, "ONCE": False}
+    return TritonKernel("padded_sum.triton", "padded_sum_kernel", {**pointers, **sizes}, constants, 8)
 
 
 _CASES: dict[str, dict] = {

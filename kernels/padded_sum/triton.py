@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     once: bool = True
 
 
-TILE = Tile(4096, 4)
+TILE = Tile(2048, 8, once=False)
 
 
 @triton.jit
