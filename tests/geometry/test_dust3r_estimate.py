@@ -131,6 +131,30 @@ def test_low_confidence_becomes_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "only 0% of photo 1" in covered.quality.warnings[0]
 
 
+def test_the_limit_for_points_does_not_reach_the_pose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most pixels are unsure and look as if both photos had been taken from one place."""
+    images, cameras, depth, network = _world(2)
+    decode, still = network.decode, [unproject(d, K, torch.eye(4)) for d, K in zip(depth, cameras.K, strict=True)]
+    unsure = slice(0, 29)
+
+    def doubtful(first, second):
+        maps = decode(first, second)
+        maps[1].points[0, unsure] = still[second.index][unsure].float()
+        for each in maps:
+            each.confidence[:, unsure] = 1.5
+        return maps
+
+    monkeypatch.setattr(network, "decode", doubtful)
+    scene = dust3r_scene(network, images)
+    seen = scene.confidence[:, TOP : TOP + SEEN[0]]
+    assert (seen[:, unsure] == 1.5).all()
+    found = invert_rigid(scene.cameras.world_from_cam[0].double()) @ scene.cameras.world_from_cam[1].double()
+    expected = invert_rigid(cameras.world_from_cam[0].double()) @ cameras.world_from_cam[1].double()
+    torch.testing.assert_close(found[:3, :3], expected[:3, :3], rtol=0.0, atol=1e-3)
+    towards = expected[:3, 3] / expected[:3, 3].norm()
+    torch.testing.assert_close(found[:3, 3] / found[:3, 3].norm(), towards, rtol=0.0, atol=1e-2)
+
+
 def test_bad_cameras_are_refused() -> None:
     images, cameras, _, network = _world(2)
     given = _photo_cameras(cameras)

@@ -24,9 +24,8 @@ from .alignment import (
     scene_of_state,
 )
 from .pairs import PairPrediction, Progress, float32_products, image_confidence
-from .pinhole import camera_poses, estimate_focal, intrinsics, pose_and_focal
+from .pinhole import POSE_CONFIDENCE, camera_poses, estimate_focal, intrinsics, pose_and_focal
 
-POSE_CONFIDENCE = 3.0
 POSE_ITERATIONS = 10
 
 
