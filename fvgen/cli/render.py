@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     truth = true_frames(arguments, frames)
     check_resources(arguments, photo_sizes, frames, arguments.size or (448, 448))
+    weights = geometry_facts(arguments)
     with Stages() as stages:
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             points_per_pixel=arguments.points_per_pixel,
         )
         watch.timings.update(prepared.timings)
-        facts = {"sizes": sizes(photo_sizes, prepared), **geometry_facts(arguments)}
+        facts = {"sizes": sizes(photo_sizes, prepared), **weights}
         report = write_outputs(arguments, prepared, None, truth, facts, watch)
     warn(report)
     tell(arguments, report)
