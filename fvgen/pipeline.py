@@ -27,7 +27,7 @@ from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Progress, Stopwatch
 from fvgen.workers import Workers
 
-Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
+Photos = ImageSet | Tensor | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("tiny", "tiny_teacher")}
 MAX_FRAMES = 64  # generated together
 BATCH_PIXELS = 4 * 16 * 320 * 512  # of all clips generated together: more at once is hardly faster and takes more memory
@@ -95,7 +95,7 @@ def prepare(
 
     Args:
         images: two or more overlapping photos in the order in which neighbours overlap: paths, ``[V, 3, H, W]`` in [0, 1],
-            or an ``ImageSet``. One suffices for DUSt3R.
+            or an ``ImageSet``. One suffices for DUSt3R, and then its path.
         cameras: their cameras (at the photos' size), or a ``transforms.json`` or COLMAP model to read them from; estimated
             if None.
         trajectory: see ``fvgen generate --help``; "smooth" passes through all photos.
@@ -116,7 +116,7 @@ def prepare(
     options: dict[str, Any] = {"compositor": compositor, "radius": radius, "points_per_pixel": points_per_pixel}
     watch = Stopwatch(torch.device(device), progress)
     with watch.stage("read"):
-        photos = _photos(images)
+        photos = photo_set(images)
         known = read_cameras(cameras, photos.names) if isinstance(cameras, str | os.PathLike) else cameras
     with watch.stage("geometry") as report:
         scene = (estimator or ClassicalEstimator())(photos, known, progress=report)
@@ -220,7 +220,7 @@ class FVGenPipeline:
 
     def clip_size(self, images: Photos) -> tuple[int, int]:
         """(H, W) of the clip the model makes of these photos: portrait for portrait photos where the model knows that."""
-        return nearest_aspect(self.bundle.index.sizes(), _photos(images).size)
+        return nearest_aspect(self.bundle.index.sizes(), photo_set(images).size)
 
     def __call__(
         self,
@@ -373,9 +373,10 @@ def nearest_aspect(sizes: Sequence[tuple[int, int]], of: tuple[int, int]) -> tup
     return min(sizes, key=lambda s: abs(math.log(s[0] / s[1] * of[1] / of[0])))
 
 
-def _photos(images: Photos) -> ImageSet:
+def photo_set(images: Photos) -> ImageSet:
+    """Photos from files; one name is one photo. Those in memory as they are."""
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, Tensor):
         return ImageSet(images)
-    return read_images(list(images))
+    return read_images([images] if isinstance(images, str | os.PathLike) else list(images))

@@ -107,7 +107,37 @@ def test_factor_survives_wrong_points() -> None:
     points = transform(invert_rigid(poses[0]), unproject(depth[1], cameras.K[1], poses[1])) / 2.5
     points[:15] += 1.0
     points[20] = float("nan")
-    assert depth_factor(points, invert_rigid(poses[1]) @ poses[0], cameras.K[1], "") == pytest.approx(2.5, rel=1e-4)
+    sure = torch.full(SEEN, 9.0)
+    assert depth_factor(points, sure, invert_rigid(poses[1]) @ poses[0], cameras.K[1], "") == pytest.approx(2.5, rel=1e-4)
+
+
+def test_unsure_pixels_do_not_set_the_size() -> None:
+    """Most points of the other photo are wrong and unsure; where none is sure, all count."""
+    _, cameras, depth, _ = _world(2)
+    poses = cameras.world_from_cam.double()
+    points = transform(invert_rigid(poses[0]), unproject(depth[1], cameras.K[1], poses[1])) / 2.5
+    points[:30] *= 3.0
+    confidence = torch.full(SEEN, 9.0)
+    confidence[:30] = 1.5
+    second_from_first = invert_rigid(poses[1]) @ poses[0]
+    assert depth_factor(points, confidence, second_from_first, cameras.K[1], "") == pytest.approx(2.5, rel=1e-4)
+    all_unsure = torch.full(SEEN, 1.5)
+    assert depth_factor(points, all_unsure, second_from_first, cameras.K[1], "") == pytest.approx(2.5 / 3, rel=1e-4)
+
+
+def test_unsure_pixels_do_not_set_the_size_of_a_scene(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, cameras, depth, network = _world(2)
+    decode = network.decode
+
+    def doubtful(first, second):
+        maps = decode(first, second)
+        maps[1].points[:, :30] *= 3.0
+        for each in maps:
+            each.confidence[:, :30] = 1.5
+        return maps
+
+    monkeypatch.setattr(network, "decode", doubtful)
+    _check_points(dust3r_scene(network, images, _photo_cameras(cameras)), cameras, depth, 1.0, torch.eye(4))
 
 
 def test_low_confidence_becomes_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
