@@ -23,11 +23,11 @@ PHOTO, WHOLE, SEEN, TOP = (108, 128), (54, 64), (48, 64), 3
 FOCAL = 60.0
 
 
-def _world(count: int) -> tuple[ImageSet, Cameras, torch.Tensor, KnowingNetwork]:
+def _world(count: int, focal: float = FOCAL) -> tuple[ImageSet, Cameras, torch.Tensor, KnowingNetwork]:
     """Photos, cameras of what the network sees, its depth, the network."""
     generator = torch.Generator().manual_seed(0)
     poses = [pose((0.4 * i + 1, 0.1 * i, 0.2), (2.0 * i, 5.0 - 4.0 * i, 0.0)) for i in range(count)]
-    K = intrinsics(FOCAL, SEEN).float().expand(count, 3, 3)
+    K = intrinsics(focal, SEEN).float().expand(count, 3, 3)
     cameras = Cameras(K, torch.stack([torch.from_numpy(p) for p in poses]).float(), SEEN)
     depth = 3 + torch.rand(count, *SEEN, generator=generator, dtype=torch.float64)
     images = ImageSet(torch.rand(count, 3, *PHOTO, generator=generator), tuple(f"{i}.png" for i in range(count)))
@@ -183,6 +183,36 @@ def test_the_limit_for_points_does_not_reach_the_pose(monkeypatch: pytest.Monkey
     torch.testing.assert_close(found[:3, :3], expected[:3, :3], rtol=0.0, atol=1e-3)
     towards = expected[:3, 3] / expected[:3, 3].norm()
     torch.testing.assert_close(found[:3, 3] / found[:3, 3].norm(), towards, rtol=0.0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("count", "given"), [(1, False), (2, False), (3, False), (2, True)])
+def test_points_of_little_confidence_are_left_out_unasked(monkeypatch: pytest.MonkeyPatch, count: int, given: bool) -> None:
+    """The limit is log 3 = 1.0986."""
+    images, cameras, _, network = _world(count)
+    decode = network.decode
+
+    def doubtful(first, second):
+        maps = decode(first, second)
+        for each in maps:
+            each.confidence[:, :5], each.confidence[:, 5:10] = 1.09, 1.11
+        return maps
+
+    monkeypatch.setattr(network, "decode", doubtful)
+    scene = dust3r_scene(network, images, _photo_cameras(cameras) if given else None, steps=0)
+    seen = scene.confidence[:, TOP : TOP + SEEN[0]]
+    assert (seen[:, :5] == 0).all()
+    # among three photos some of these points float in front of surer ones
+    assert (seen[:, 5:10] > 0).float().mean() > (0.3 if count == 3 else 0.99)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("focal", "factor"), [(15.0, 0.5), (250.0, 3.5)])
+def test_focal_lengths_are_limited(count: int, focal: float, factor: float) -> None:
+    """To one half and 3.5 times that of a field of view of 60 degrees, as in ViewCrafter."""
+    images, _, _, network = _world(count, focal)
+    found = dust3r_scene(network, images, steps=0).cameras.K[:, 0, 0]
+    limit = factor * max(SEEN) / (2 * 3**-0.5)
+    torch.testing.assert_close(found, torch.full((count,), limit), rtol=1e-5, atol=0.0)
 
 
 def test_bad_cameras_are_refused() -> None:
