@@ -8,15 +8,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, true_frames
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, takes_mixed, true_frames
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
 from fvgen.cli.report import directory_sha256
 from fvgen.explore import explore, joined
 from fvgen.geometry.trajectory import parse_trajectory
-from fvgen.io import read_images
 from fvgen.models.bundle import read_index
-from fvgen.pipeline import FVGenPipeline, Photos, Prepared, find_model, nearest_aspect
+from fvgen.pipeline import FVGenPipeline, Photos, Prepared, find_model, nearest_aspect, photo_set
 from fvgen.sampling import choose_sampling
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
@@ -54,7 +53,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.cpu_offload,
                 arguments.min_confidence,
             )
-            photos: Photos = read_images(arguments.photos) if among.main else []
+            photos: Photos = photo_set(arguments.photos, takes_mixed(arguments)) if among.main else []
         how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}
         if arguments.then:
             arguments.then_from = arguments.then_from or "latest"

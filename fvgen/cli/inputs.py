@@ -35,6 +35,11 @@ def check_photos(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     return sizes
 
 
+def takes_mixed(arguments: argparse.Namespace) -> bool:
+    """Whether the photos may differ in size and orientation."""
+    return not arguments.cameras and wants_dust3r(arguments.geometry, arguments.dust3r_weights)
+
+
 def count_frames(arguments: argparse.Namespace) -> int:
     """How many frames the clip will have."""
     trajectory = parse_trajectory(arguments.trajectory)

@@ -163,7 +163,7 @@ def test_dust3r_directory_without_its_report(
     def work(*_arguments: object, **_options: object) -> None:
         raise AssertionError("photos are read before the weights were checked")
 
-    monkeypatch.setattr(f"fvgen.cli.{command}.read_images", work)
+    monkeypatch.setattr(f"fvgen.cli.{command}.photo_set", work)
     extra = ["--model", model] if command == "generate" else []
     result = fvgen(command, *scene.photos[:2], "--dust3r-weights", root, *extra, "--output", tmp_path / "out")
     _refused(result, "no directory written by `fvgen convert dust3r`", tmp_path, before)
