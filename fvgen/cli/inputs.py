@@ -35,6 +35,11 @@ def check_photos(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     return sizes
 
 
+def takes_mixed(arguments: argparse.Namespace) -> bool:
+    """Whether the photos may differ in size and orientation."""
+    return not arguments.cameras and wants_dust3r(arguments.geometry, arguments.dust3r_weights)
+
+
 def count_frames(arguments: argparse.Namespace) -> int:
     """How many frames the clip will have."""
     trajectory = parse_trajectory(arguments.trajectory)
@@ -89,7 +94,11 @@ def check_resources(arguments: argparse.Namespace, photos: Sequence[tuple[int, i
 
 
 def geometry_facts(arguments: argparse.Namespace) -> dict[str, str]:
-    """What the report says about the weights of the geometry; nothing without any."""
+    """What the report says about the weights of the geometry; nothing without any.
+
+    Raises:
+        UserError: their directory has no report of its own.
+    """
     weights = arguments.dust3r_weights
     if weights is None:
         return {}
@@ -97,4 +106,7 @@ def geometry_facts(arguments: argparse.Namespace) -> dict[str, str]:
 
     if Path(weights).is_file():
         return {"geometry_weights_sha256": file_sha256(weights)}
-    return {"geometry_weights_sha256": read_report(weights)["sha256"][WEIGHTS_FILE]}
+    try:
+        return {"geometry_weights_sha256": str(read_report(weights)["sha256"][WEIGHTS_FILE])}
+    except (KeyError, TypeError):
+        raise UserError(f"{weights} is no directory written by `fvgen convert dust3r`; convert the checkpoint again") from None
