@@ -1,7 +1,8 @@
 """Checkpoints of a run: folders of safetensors and JSON that appear whole, and a pointer to the latest.
 
 A folder is written under another name, flushed to the disk and renamed; then the pointer is replaced; only then are old ones
-removed. So whenever a process is killed, the pointer leads to a complete checkpoint.
+removed. So whenever a process is killed, the pointer leads to a complete checkpoint. Where one of the same name was there
+already, it is moved away before and deleted after; between these steps the finished new one is found under its other name.
 
 Tensors are stored whole, whatever the layout of the run: the first rank collects and writes them, every rank reads its own share.
 """
@@ -61,14 +62,16 @@ def save(
         (part / STATE).write_text(json.dumps(state, indent=1) + "\n")
         for path in [*part.iterdir(), part]:
             flush(path)
-        if (root / name).exists():  # of a run that was killed before it pointed there
-            _remove(root / name)
+        old = root / f"{_OLD}{name}"
+        if (root / name).exists():  # of a run that was killed before it pointed there, or saved twice
+            os.rename(root / name, old)
         os.rename(part, root / name)
         flush(root)
+        shutil.rmtree(old, ignore_errors=True)
         write_durably(root / LATEST, f"{name}\n".encode())
-        for old in _complete(root)[:-keep]:
-            if old.name != name:
-                _remove(old)
+        for path in _complete(root)[:-keep]:
+            if path.name != name:
+                _remove(path)
     parallel.wait()
 
 
@@ -80,11 +83,21 @@ def latest(root: Path) -> Path | None:
     """
     if not (root / LATEST).is_file():
         return None
-    path = root / (root / LATEST).read_text().strip()
+    path = _where(root)
     if not (path / STATE).is_file():
         found = ", ".join(p.name for p in _complete(root)) or "none"
         raise UserError(f"{root / LATEST} names {path.name}, which is not there; write one of these into it: {found}")
     return path
+
+
+def _where(root: Path) -> Path:
+    """The checkpoint that the pointer names, under whichever name a killed process has left it.
+
+    It is out of its place only while it is replaced by a finished one of the same name.
+    """
+    name = (root / LATEST).read_text().strip()
+    places = (root / name, root / f"{_PART}{name}", root / f"{_OLD}{name}")
+    return next((place for place in places if (place / STATE).is_file()), places[0])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -133,8 +146,13 @@ def restore(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: 
 
 
 def clean_up(root: Path) -> None:
-    """Removes what killed processes left half written or half removed."""
+    """Removes what killed processes left half written or half removed; what the pointer names gets its place back."""
     remove_partial(root)
+    if (root / LATEST).is_file():
+        found, place = _where(root), root / (root / LATEST).read_text().strip()
+        if found != place and (found / STATE).is_file():
+            os.rename(found, place)
+            flush(root)
     for path in root.iterdir() if root.is_dir() else ():
         if path.name.startswith((_PART, _OLD)):
             shutil.rmtree(path, ignore_errors=True)

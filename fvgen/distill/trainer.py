@@ -114,7 +114,7 @@ class Trainer:
         """
         cadence = self._cadence
         self._log.begin(self.stage, self.position.update, self.iteration, iterations)
-        if self.position.update == 0:
+        if self.position.update == 0 and not self._parallel.agree(self._is_saved()):
             self.save()  # whatever happens, there is something to go on from, and the disk can be written
         try:
             self._start_data()
@@ -191,10 +191,18 @@ class Trainer:
         self._guards.check(records)
         self._log.histograms(records[-1], samples, facts)
 
+    @property
+    def _name(self) -> str:
+        """Of a checkpoint of this moment."""
+        return f"stage{self.stage}-{self.iteration:06d}" + (f"-{self.phase}" if self.phase else "")
+
+    def _is_saved(self) -> bool:
+        found = checkpoint.latest(self._folder)
+        return found is not None and found.name == self._name
+
     def save(self) -> Path:
         """A checkpoint of this moment, once the guards have seen all before it."""
         self.collect()
-        name = f"stage{self.stage}-{self.iteration:06d}" + (f"-{self.phase}" if self.phase else "")
         files: dict[str, dict[str, Tensor]] = {"ema": self.average.tensors}
         for role, module in self.roles.trained.items():
             files[role] = checkpoint.module_tensors(module)
@@ -216,9 +224,9 @@ class Trainer:
             "trained": list(self.roles.trained),
             "files": sorted(files),
         }
-        checkpoint.save(self._folder, name, files, state, self._cadence.keep, self._parallel)
+        checkpoint.save(self._folder, self._name, files, state, self._cadence.keep, self._parallel)
         self._saved_at = time.monotonic()
-        return self._folder / name
+        return self._folder / self._name
 
     def restore(self, path: Path) -> None:
         """Goes on where the checkpoint ``path`` of this stage was taken, on any number of ranks.

@@ -137,7 +137,7 @@ def train(folder: Path, iterations: int = 4, layout: str = "replicate", dies_at:
     parallel.stop()
 
 
-def killed_while_writing(event: int, folder: Path) -> None:
+def killed_while_writing(event: int, folder: Path, renames_only: bool = False) -> None:
     """Trains, and dies at the ``event``-th step of writing checkpoints: a file half written, a flush, a rename."""
     import safetensors.torch
 
@@ -156,8 +156,9 @@ def killed_while_writing(event: int, folder: Path) -> None:
 
         return call
 
-    safetensors.torch.save_file = mortal(safetensors.torch.save_file, half=True)
-    os.fsync = mortal(os.fsync)
+    if not renames_only:
+        safetensors.torch.save_file = mortal(safetensors.torch.save_file, half=True)
+        os.fsync = mortal(os.fsync)
     os.rename = mortal(os.rename)
     os.replace = mortal(os.replace)
     train(folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,65 @@ def test_killed_while_writing(event: int, whole: Path, tmp_path: Path) -> None:
     left = {p.name for p in root.iterdir()}
     assert {"latest", "stage2-000002", "stage2-000004"} <= left  # the oldest stays where only its removal was missed
     assert not [name for name in left if name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_killed_at_every_rename_of_a_continued_run(whole: Path, tmp_path: Path) -> None:
+    """The run begins in a folder whose pointer names its first checkpoint already."""
+    begun = tmp_path / "begun"
+    assert in_process(train, begun, dies_at=0) == -signal.SIGKILL
+    assert checkpoint.latest(begun / "checkpoints").name == "stage2-000000"
+    for event in range(1, 100):
+        folder = tmp_path / str(event)
+        shutil.copytree(begun, folder)
+        status = in_process(killed_while_writing, event, folder, renames_only=True)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        assert in_process(train, folder) == 0, f"killed at rename {event}"
+        same_end(folder, whole)
+    assert event > 5  # two checkpoints, two pointers, a removal
+
+
+@pytest.mark.parametrize("old_is_whole", [True, False])
+def test_a_checkpoint_between_two_renames_is_found(old_is_whole: bool, tmp_path: Path) -> None:
+    """The pointer names a checkpoint that was moved away before its replacement took its place."""
+    trainer = small_trainer(tmp_path)
+    path = trainer.save()
+    trainer.close()
+    root, expected = path.parent, load_file(path / "student.safetensors")
+    shutil.copytree(path, root / ".part-stage2-000000")
+    path.rename(root / ".old-stage2-000000")
+    if not old_is_whole:
+        (root / ".old-stage2-000000" / "student.safetensors").unlink()
+    assert load_file(checkpoint.latest(root) / "student.safetensors").keys() == expected.keys()
+    checkpoint.clean_up(root)
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "stage2-000000"]
+    assert checkpoint.latest(root) == path
+    found = load_file(path / "student.safetensors")
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_a_checkpoint_is_replaced_without_a_moment_in_which_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = small_trainer(tmp_path)
+    trainer.save()
+    root, seen = tmp_path / "checkpoints", []
+    for name in ("rename", "replace"):
+        original = getattr(os, name)
+
+        def watched(*arguments: object, original: Callable[..., None] = original) -> None:
+            original(*arguments)
+            found = checkpoint.latest(root)
+            seen.append(found)
+            for file in checkpoint.read_state(found)["files"]:
+                checkpoint.read_tensors(found, file)
+
+        monkeypatch.setattr(os, name, watched)
+    trainer.save()
+    trainer.close()
+    assert len(seen) >= 3
 
 
 @pytest.mark.parametrize(("stage", "updates"), [(1, 2), (2, 3)])
