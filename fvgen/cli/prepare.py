@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,17 @@ def _write(arguments: argparse.Namespace, output: Path) -> None:
         raise UserError("FOLDER is missing; give the folder that holds the clips (see `fvgen prepare --help`)")
     folder, model = Path(arguments.folder), find_model(arguments.model)
     part, device = _share(arguments)
-    settings = _settings(arguments, model)
-    plan = open_set(folder, output, settings, versions(), _bar)
-
     from fvgen.data.encode import PairEncoder
     from fvgen.data.prepare import DTYPES
     from fvgen.data.shards import ShardWriter
     from fvgen.models.bundle import ModelBundle
+    from fvgen.models.digest import encoder_digest
 
-    encoder = PairEncoder(ModelBundle.from_pretrained(model, device), DTYPES[settings.dtype], settings.keep_frames)
+    settings = _settings(arguments, model)
+    bundle = ModelBundle.from_pretrained(model)
+    settings = replace(settings, model={**settings.model, "encoder": encoder_digest(bundle)})
+    plan = open_set(folder, output, settings, versions(), _bar)
+    encoder = PairEncoder(bundle.to(device), DTYPES[settings.dtype], settings.keep_frames)
     counts = write_part(folder, output, plan, encoder, part, _bar)
     if counts:
         told = ", ".join(f"{number} {what}" for what, number in counts.most_common())

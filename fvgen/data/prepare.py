@@ -32,7 +32,8 @@ class Settings:
     """What determines the content of a set.
 
     Attributes:
-        model: ``preset`` and ``sha256`` of the model that encodes.
+        model: ``preset`` and ``sha256`` of the model that encodes, and ``encoder``, the digest of the parts of it that do (see
+            :func:`fvgen.models.digest.encoder_digest`).
         size: (H, W) of the clips.
         frames: T.
         compositor: how points are blended.
@@ -129,6 +130,8 @@ def open_set(folder: Path, output: Path, settings: Settings, versions: dict[str,
         _make_directory(output)
         write_durably(info, plan.to_json().encode(), keep=True)
     plan = read_plan(output)
+    if "encoder" not in plan.settings.get("model", {}):  # begun before sets noted it
+        wanted["model"].pop("encoder", None)
     other = [f"{k} {plan.settings.get(k)!r}, not {v!r}" for k, v in wanted.items() if plan.settings.get(k) != v]
     if other:
         raise UserError(f"{output} was begun with {'; '.join(other)}; choose another --output or the same options")
