@@ -28,12 +28,15 @@ from fvgen.diffusion.predict import PredictV, unet_predictor
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill import checkpoint
 from fvgen.distill.comparison import stage_iterations
+from fvgen.distill.folder import CHECKPOINTS
 from fvgen.distill.graphs import GraphedCall
 from fvgen.distill.guards import TrainingStopped
+from fvgen.distill.options import RunOptions
 from fvgen.distill.parallel import Parallel
-from fvgen.distill.run import CHECKPOINTS, RunOptions, distill
+from fvgen.distill.run import distill
 from fvgen.distill.settings import Cadence, TrainSettings, default_settings
-from fvgen.distill.synthetic import Reuse, SyntheticSource
+from fvgen.distill.sources import Worlds
+from fvgen.distill.synthetic import Reuse
 from fvgen.distill.trainer import Trainer
 from fvgen.evaluation.frechet import FrameFeatures
 from fvgen.evaluation.heldout import clip_scores
@@ -90,7 +93,7 @@ class Ablation:
         self._curve_clips, self._reuse, self._cadence, self._parallel, self._real = curve_clips, reuse, cadence, parallel, real
         self._student = student
         self._compile = parallel.device.type == "cuda"
-        self._worlds: dict[Reuse, SyntheticSource] = {}
+        self._worlds: Worlds = {}
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
         self._held_out = HeldOutSet(bundle, clips, min(8, clips), FrameFeatures(bundle.vae), self._compile)
         output.mkdir(parents=True, exist_ok=True)

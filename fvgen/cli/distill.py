@@ -42,20 +42,21 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(130) from None
 
 
-def _processes() -> int:
-    """How many processes a launcher has started, 1 without one."""
+def _processes() -> tuple[int, int]:
+    """Number of this process, and how many a launcher has started: 0, 1 without one."""
     try:
         launched = envs.launched()
     except ValueError as error:
         raise UserError(f"{error}; unset them or start the processes with torchrun") from None
-    return launched[1] if launched else 1
+    return launched[:2] if launched else (0, 1)
 
 
 def _distill(arguments: argparse.Namespace, device: str) -> None:
     from fvgen.distill.parallel import Parallel
     from fvgen.distill.run import distill
 
-    settings = make_settings(arguments, _processes())
+    rank, world = _processes()
+    settings = make_settings(arguments, world)
     options = make_options(arguments)
     model = find_model(arguments.teacher)
     if arguments.wandb and importlib.util.find_spec("wandb") is None:
@@ -64,11 +65,16 @@ def _distill(arguments: argparse.Namespace, device: str) -> None:
 
     preset = read_index(model).preset
     # a full-size run may be planned before its teacher is there, with none said
-    unsaid = arguments.dry_run and arguments.teacher == "tiny_teacher"
+    unsaid = arguments.dry_run and arguments.teacher == "tiny_teacher" and preset != settings.recipe
     if preset != settings.recipe and not unsaid:
         raise UserError(f"the teacher {arguments.teacher} is a {preset}, not a {settings.recipe}; give --recipe or --teacher")
+    if rank == 0 and settings.idle():
+        print(f"fvgen: warning: {settings.idle()}", file=sys.stderr)
     if arguments.dry_run:
-        show_plan(arguments, settings)
+        if rank == 0:
+            from fvgen.cli.plan import show_plan
+
+            show_plan(arguments, settings, options, None if unsaid else model, world)
         return
     parallel = Parallel.start(device, "shard" if arguments.shard else "replicate")
     finished = distill(settings, options, ModelBundle.from_pretrained(model), parallel)
@@ -86,6 +92,7 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
     """
     from fvgen.diffusion.timesteps import make_timesteps
     from fvgen.distill.comparison import stage_iterations
+    from fvgen.distill.overrides import override
     from fvgen.distill.settings import default_settings
 
     settings = default_settings(arguments.recipe)
@@ -117,7 +124,7 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
     if arguments.steps is not None:
         changes["times"] = tuple(make_timesteps(arguments.steps))
         changes["trajectory_steps"] = arguments.steps * -(-settings.trajectory_steps // arguments.steps)  # a multiple
-    return replace(
+    settings = replace(
         settings,
         run=arguments.method,
         stages=stages,
@@ -127,11 +134,12 @@ def make_settings(arguments: argparse.Namespace, world: int) -> Any:
         repeatable=not arguments.not_repeatable,
         **changes,
     )
+    return override(settings, arguments.overrides or ())
 
 
 def make_options(arguments: argparse.Namespace) -> Any:
     """Where, how long, and what is left behind."""
-    from fvgen.distill.run import RunOptions
+    from fvgen.distill.options import RunOptions
     from fvgen.distill.settings import Cadence
     from fvgen.distill.synthetic import Reuse
 
@@ -153,44 +161,3 @@ def make_options(arguments: argparse.Namespace) -> Any:
         wandb=arguments.wandb,
         compile=choose_device(arguments.device).startswith("cuda"),
     )
-
-
-def show_plan(arguments: argparse.Namespace, settings: Any) -> None:
-    """What would be trained, on what memory, and for how long where that is known."""
-    from fvgen.distill.checkpoint import latest
-    from fvgen.distill.parallel import Parallel
-    from fvgen.distill.plan import clips_needed, measured_speed, memory_plan
-    from fvgen.distill.run import CHECKPOINTS, make_methods
-    from fvgen.recipes.presets import get_preset
-
-    output, spec = Path(arguments.output), get_preset(settings.recipe)
-    world = _processes()
-    unet = spec.unet
-    middle = round(unet.get("model_channels", 320) * unet.get("channel_mult", (1, 2, 4, 4))[-1])
-    methods = make_methods(settings, spec.index.base_scale, Parallel(0, 1, _cpu()))
-    found = latest(output / CHECKPOINTS)
-    print(f"method      {settings.run}, teacher {arguments.teacher}, data {arguments.data}")
-    print(f"batch       {settings.batch} clips: {settings.lanes} forward calls of {settings.micro_batch}, on {world} processes")
-    print(f"output      {output} ({'new' if found is None else f'goes on from {found.name}'})")
-    speed, total = measured_speed(output), 0
-    for stage in settings.stages:
-        method, iterations = methods[stage - 1], settings.iterations[stage - 1]
-        total += clips_needed(method, iterations, settings.batch)
-        print(
-            f"\nstage {stage}     {type(method).__name__}, {iterations} iterations of {method.critic_updates} critic updates + 1"
-        )
-        plan = memory_plan(spec, method, settings, middle, world if arguments.shard else 1)
-        for what, gigabytes in {**plan, "together": sum(plan.values())}.items():
-            print(f"  {what:<24} {gigabytes:8.2f} GB per GPU")
-    known = (
-        "not known: nothing has been measured in this folder"
-        if speed is None
-        else f"{total / speed / 3600:.1f} h at {speed:.1f} clips/s"
-    )
-    print(f"\ntime        {known}")
-
-
-def _cpu() -> Any:
-    import torch
-
-    return torch.device("cpu")

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from fvgen.distill.checkpoint import read_state
     from fvgen.distill.export import export_student
-    from fvgen.distill.run import find_checkpoint
+    from fvgen.distill.folder import find_checkpoint
     from fvgen.models.bundle import ModelBundle
 
     found = find_checkpoint(Path(arguments.run))

@@ -218,13 +218,11 @@ def _distill(parser: argparse.ArgumentParser) -> None:
         "--lr", type=positive(1.0), metavar="X", help="learning rate of all networks (default: the recipe's, 5e-5 at full size)"
     )
     choices.add_argument("--fake-lr", type=positive(1.0), metavar="X", help="of the fake score alone (default: the recipe's)")
+    choices.add_argument("--head-lr", type=positive(1.0), metavar="X", help="of the classifier's head (default: the recipe's)")
     choices.add_argument(
-        "--head-lr", type=positive(1.0), metavar="X", help="of the classifier's head alone (default: the recipe's)"
+        "--lead", type=whole(0, 10**6), metavar="N", help="first iterations of a stage in which only the critics learn"
     )
-    choices.add_argument("--lead", type=whole(0, 10**6), metavar="N", help="first iterations in which only the critics learn")
-    choices.add_argument(
-        "--warmup", type=whole(0, 10**6), metavar="N", help="iterations until it is reached (default: the recipe's)"
-    )
+    choices.add_argument("--warmup", type=whole(0, 10**6), metavar="N", help="iterations in which the learning rates rise")
     choices.add_argument("--ema", type=positive(0.999999), metavar="X", help="decay of the student's average (default: 0.999)")
     choices.add_argument("--steps", type=whole(1, 64), metavar="N", help="steps of the student (default: 4)")
     choices.add_argument("--inputs", choices=("real", "rollout"), help="noisy real clips, or states of the student's own sampler")
@@ -235,6 +233,13 @@ def _distill(parser: argparse.ArgumentParser) -> None:
         "--divergence",
         choices=("softened_rkl", "reverse_kl", "jensen_shannon", "forward_kl", "neyman"),
         help="of stage 2 (default: the method's)",
+    )
+    choices.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other setting, such as r1_weight=0.1 or score_span=0.02,0.98; may be repeated (docs/training.md has the list)",
     )
     choices.add_argument(
         "--window", type=whole(1, 10**6), default=1024, metavar="N", help="synthetic: clips kept (default: 1024)"

@@ -111,8 +111,9 @@ DISTILL = """\
 examples:
   fvgen distill --recipe tiny --output run                               the whole method on the bundled teacher
   fvgen distill --recipe tiny --output run                               again: goes on from the last checkpoint
-  fvgen distill --recipe tiny --iterations 2 --output trial              to see that it runs
+  fvgen distill --recipe tiny --iterations 2 --lead 0 --output trial     to see that it runs
   fvgen distill --recipe tiny --method dmd2 --minutes 30 --output dmd2
+  fvgen distill --recipe tiny --set r1_weight=0.1 --set head.width=128 --output other
   fvgen distill --recipe viewcrafter_512 --teacher viewcrafter --data shards --dry-run --output run
   torchrun --nproc-per-node 8 -m fvgen.cli distill --recipe viewcrafter_512 --shard --batch 8 \\
       --teacher viewcrafter --data shards --output run

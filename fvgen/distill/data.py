@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +88,8 @@ class ShardSource:
     Args:
         directory: of the shards.
         device: where the batches are wanted.
-        latent_shape: ``(C, T, h, w)`` that the networks take.
+        latent_shapes: ``(C, T, h, w)`` that the networks take: landscape and, where the model knows it, portrait. The clips of a
+            set have one of them.
         context_shape: ``(L, D)`` of the context they take.
 
     Raises:
@@ -99,7 +100,7 @@ class ShardSource:
         self,
         directory: str | PathLike[str],
         device: torch.device,
-        latent_shape: tuple[int, ...],
+        latent_shapes: Sequence[tuple[int, ...]],
         context_shape: tuple[int, int],
     ) -> None:
         self._set, self._device = ShardSet(directory), device
@@ -109,9 +110,10 @@ class ShardSource:
             return
         first = self._set[0]
         for name in ("clean", "render"):
-            if tuple(first[name].shape) != tuple(latent_shape):
-                found = tuple(first[name].shape)
-                raise UserError(f"the clips in {directory} have {name} latents {found}, the model needs {tuple(latent_shape)}")
+            found = tuple(first[name].shape)
+            if found not in latent_shapes:
+                needed = " or ".join(map(str, latent_shapes))
+                raise UserError(f"the clips in {directory} have {name} latents {found}, the model needs {needed}")
         tokens = (len(self._text) + len(first["image_tokens"]), first["image_tokens"].shape[-1])
         if tokens != tuple(context_shape):
             raise UserError(f"the clips in {directory} have a context of {tokens}, the model needs {tuple(context_shape)}")
@@ -119,6 +121,11 @@ class ShardSource:
     @property
     def count(self) -> int:
         return len(self._set)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the set was made with."""
+        return self._set.info
 
     def read(self, indices: Sequence[int]) -> Batch:
         samples = [self._set[i] for i in indices]

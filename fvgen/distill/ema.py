@@ -41,13 +41,17 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module computes with the averages inside the block."""
-        averages, weights = self._pieces()
-        kept = [w.clone() for w in weights]
-        with torch.no_grad():
-            torch._foreach_copy_(weights, averages)
+        """The module computes with the averages inside the block, and :attr:`tensors` hold its weights so long."""
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, kept)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """One tensor after the other: a copy of all weights would not fit beside a full-size stage 2."""
+        for average, weight in zip(*self._pieces(), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

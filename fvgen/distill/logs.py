@@ -55,20 +55,22 @@ class History:
         return records, samples
 
 
-def keep_before(path: Path, stage: int, update: int) -> None:
-    """Drops the records of this and later updates, and a last line that was cut short."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def read_lines(path: Path) -> list[Record]:
+    """The records of a log; lines that were cut short are left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except ValueError:
-            break
-        if (record["stage"], record["step"]) >= (stage, update):
-            break
-        kept.append(f"{line}\n")
-    write_durably(path, "".join(kept).encode())
+            continue
+    return [r for r in records if isinstance(r, dict)]
+
+
+def keep_before(path: Path, stage: int, counter: str, now: int) -> None:
+    """Drops the records from this moment of a stage on, ``counter`` being what they count it by, and lines cut short."""
+    if path.is_file():
+        kept = [r for r in read_lines(path) if (r["stage"], r[counter]) < (stage, now)]
+        write_durably(path, "".join(f"{json.dumps(r)}\n" for r in kept).encode())
 
 
 class RunLog:
@@ -97,15 +99,18 @@ class RunLog:
         if wandb:
             import wandb as library  # its absence was told before the run began
 
+            self._library = library
             name = folder.resolve().name
-            number = f"{name}-{derived_seed(str(folder.resolve())):x}"  # a continued run goes on there too
+            # a continued run goes on there too; a name may have characters that no id may
+            number = f"{derived_seed(str(folder.resolve())):016x}"
             self._wandb = library.init(project="fvgen", name=name, dir=str(folder), config=config, resume="allow", id=number)
 
     def begin(self, stage: int, update: int, iteration: int, iterations: int) -> None:
         """A stage begins or goes on at this update."""
         if not self._write:
             return
-        keep_before(self._folder / LOSSES, stage, update)
+        keep_before(self._folder / LOSSES, stage, "step", update)
+        keep_before(self._folder / PROGRESS, stage, "iteration", iteration)
         if self._bar is not None:
             self._bar.close()
         from tqdm import tqdm
@@ -151,19 +156,44 @@ class RunLog:
             line["calibration"] = [asdict(b) for b in bins]
             if self._board is not None:
                 self._board.add_text(f"{stage}/calibration", calibration_table(bins), step)
-                for name in ("logit_real", "logit_fake"):
-                    self._board.add_histogram(f"{stage}/{name}", samples[name], step)
+            if self._wandb is not None:
+                rows = [[b.count, b.predicted, b.found] for b in bins]
+                table = self._library.Table(columns=["clips", "predicted real", "found real"], data=rows)
+                self._wandb.log({f"{stage}/calibration": table, "iteration": step})
+            for name in ("logit_real", "logit_fake"):
+                self._histogram(f"{stage}/{name}", samples[name], step)
         if "weight" in samples:
             parts = weight_histogram(samples["weight"], samples["time"])
             line["weights"] = [
                 {"times": [low, high], "highest": float(w.max()), "counts": torch.histc(w, 10, 0, float(w.max())).int().tolist()}
                 for low, high, w in parts
             ]
-            if self._board is not None:
-                for low, high, weights in parts:
-                    self._board.add_histogram(f"{stage}/weight/t{low}-{high}", weights, step)
+            for low, high, weights in parts:
+                self._histogram(f"{stage}/weight/t{low}-{high}", weights, step)
         with (self._folder / PROGRESS).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _histogram(self, name: str, values: Tensor, step: int) -> None:
+        if self._board is not None:
+            self._board.add_histogram(name, values, step)
+        if self._wandb is not None:
+            self._wandb.log({name: self._library.Histogram(values.numpy()), "iteration": step})
+
+    def media(self, stage: str, folder: Path, step: int) -> None:
+        """Contact sheet and videos of a validation, which are in ``folder``."""
+        sheet, clips = folder / "contact_sheet.png", sorted(folder.glob("*.mp4"))
+        if not self._write or not sheet.is_file():
+            return
+        if self._board is not None:  # its videos need moviepy; the files are there
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(sheet) as picture:
+                self._board.add_image(f"{stage}/contact_sheet", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        if self._wandb is not None:
+            media = {f"{stage}/contact_sheet": self._library.Image(str(sheet))}
+            media |= {f"{stage}/{clip.stem}": self._library.Video(str(clip), format="mp4") for clip in clips}
+            self._wandb.log({**media, "iteration": step})
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Curves for TensorBoard and Weights & Biases."""

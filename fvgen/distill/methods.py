@@ -82,7 +82,7 @@ class DistributionMatching:
 
     Attributes:
         process, config: the forward process and the choices.
-        weight_mean: divide h by its running mean; None for not at all, the default.
+        weight_mean: divide h by its running mean, which the trainer keeps; None for not at all, the default.
     """
 
     process: Process
@@ -137,7 +137,7 @@ class DistributionMatching:
             samples = {"weight": found.weight, "time": t}
             if self.weight_mean is None:
                 return found.gradient, statistics, samples
-            return found.gradient / self.weight_mean.update(found.weight), statistics, samples
+            return found.gradient / self.weight_mean.value.to(found.gradient.device), statistics, samples
 
     def student_update(self, networks: Networks, batch: Batch, draws: Draws) -> Update:
         """The loss whose gradient is g, and the adversarial one where it has a weight."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import queue
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,12 @@ import torch
 from fvgen.distill.data import batch_tensors
 from fvgen.distill.graphs import RECORDING
 from fvgen.distill.networks import Batch
+
+PATIENCE_S = 2.0
+
+
+class _Unwanted(BaseException):
+    """Ends the thread between two of its instructions."""
 
 
 class Prefetcher:
@@ -44,14 +54,26 @@ class Prefetcher:
                 x.record_stream(stream)  # its memory may be reused only once this stream is past it
         return batch
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def close(self, hurry: bool = False) -> None:
+        """Ends the thread, once the batch that it is making is made.
+
+        Args:
+            hurry: where the run ends too: break off that batch, and leave the thread behind (it is a daemon) if that takes longer
+                than ``PATIENCE_S``.
+        """
         self._closed.set()
+        number, told, begun = self._thread.ident, False, time.monotonic()
+        if hurry and self._thread.is_alive():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(number), ctypes.py_object(_Unwanted))
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
+            if not told and time.monotonic() - begun > PATIENCE_S:
+                told = True
+                what = "it is left behind" if hurry else "waiting for it"
+                print(f"fvgen: the thread that makes the clips is still at work on some; {what}", file=sys.stderr)
+                if hurry:
+                    return
 
     def _work(self, number: int) -> None:
         try:
@@ -67,5 +89,7 @@ class Prefetcher:
                         found = self._read(number), None
                 self._queue.put(found)
                 number += 1
+        except _Unwanted:
+            pass
         except BaseException as error:
             self._queue.put(error)

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from fvgen.distill.classifier import ClassifierConfig
 from fvgen.distill.configs import STUDENT_TIMES
+from fvgen.distill.divergences import DIVERGENCES
 from fvgen.utils.errors import UserError
+
+
+def _positive(x: float) -> bool:
+    return x > 0
+
+
+def _span(x: tuple[float, ...]) -> bool:
+    return len(x) == 2 and 0 <= x[0] < x[1] <= 1
+
+
+def _times(x: tuple[int, ...]) -> bool:
+    return len(x) > 0 and x[0] == 999 and list(x) == sorted(set(x), reverse=True) and x[-1] > 0
+
+
+_LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("lr", "fake_lr", "head_lr", "clip_norm", "clip", "guidance", "r1_sigma"), _positive, "above 0"),
+    (("trajectories", "trajectory_steps", "critic_updates"), _positive, "at least 1"),
+    (("weight_decay", "adversarial_weight", "r1_weight", "lead", "warmup"), lambda x: x >= 0, "at least 0"),
+    (("rescale",), lambda x: 0 <= x <= 1, "in 0 .. 1"),
+    (("ema",), lambda x: 0 < x < 1, "between 0 and 1"),
+    (("betas",), lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two numbers from 0 to below 1"),
+    (("score_span", "fake_span", "classifier_span"), _span, "two rising fractions of the schedule in 0 .. 1"),
+    (("times",), _times, "falling time steps that begin at 999 and end above 0"),
+    (("inputs",), lambda x: x in ("real", "rollout"), "real or rollout"),
+    (("divergence",), lambda x: x in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"),
+    (("teacher_dtype",), lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +59,16 @@ class TrainSettings:
         clip_norm: bound of each network's gradient norm.
         ema: decay of the student's running average.
         guidance, rescale: of the teacher in stage 2 and on its trajectories.
+        divergence: of stage 2; None for the method's own.
+        clip: bound of the weights h that have none of their own.
         normalise_weight: divide h by its running mean.
+        adversarial_weight: of the student's adversarial loss beside the matching loss; None for the method's own.
+        score_span, fake_span, classifier_span: times at which teacher and fake score are compared, the fake score is trained and
+            the classifier is trained and asked, as fractions of the schedule.
+        r1_weight, r1_sigma: of the classifier's approximate R1 penalty, and the deviation of its perturbation; 0 leaves it out.
         times: the student's time steps.
         inputs: what the student denoises in training: ``real`` (noisy real clips) or ``rollout`` (its own sampler's states).
-        critic_updates: per update of the student; None for the method's own, likewise divergence.
+        critic_updates: per update of the student; None for the method's own.
         head: size of the classifier's head; its input channels are the teacher's.
         checkpointing: keep only layer inputs for the backward pass and compute the rest again.
         graphs: replay network calls as CUDA graphs, where each GPU holds whole networks: training is otherwise bound by
@@ -62,11 +97,18 @@ class TrainSettings:
     ema: float = 0.999
     guidance: float = 7.5
     rescale: float = 0.0
+    divergence: str | None = None
+    clip: float = 10.0
     normalise_weight: bool = False
+    adversarial_weight: float | None = None
+    score_span: tuple[float, float] = (0.02, 0.98)
+    fake_span: tuple[float, float] = (0.0, 1.0)
+    classifier_span: tuple[float, float] = (0.0, 1.0)
+    r1_weight: float = 0.0
+    r1_sigma: float = 0.1
     times: tuple[int, ...] = STUDENT_TIMES
     inputs: str = "real"
     critic_updates: int | None = None
-    divergence: str | None = None
     head: ClassifierConfig = field(default_factory=ClassifierConfig)
     checkpointing: bool = False
     graphs: bool = False
@@ -79,6 +121,19 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.batch % self.micro_batch:
             raise UserError(f"a batch of {self.batch} cannot be cut into pieces of {self.micro_batch}; choose a divisor")
+        for names, fits, words in _LIMITS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise UserError(f"{name} must be {words}, got {value!r}")
+
+    def idle(self) -> str | None:
+        """A sentence where the lead takes most of a stage, so that the student hardly learns."""
+        shortest = min(self.iterations[stage - 1] for stage in self.stages if stage <= len(self.iterations))
+        if 2 * self.lead < shortest or (self.run == "causvid" and self.stages == (1,)):
+            return None
+        learns = f"the student learns in {max(0, shortest - self.lead)} of {shortest} iterations"
+        return f"{learns}, since the critics lead by {self.lead}; give more --iterations, or a smaller --lead"
 
     @property
     def lanes(self) -> int:
@@ -135,9 +190,18 @@ class Cadence:
 MAY_CHANGE = ("iterations", "micro_batch", "checkpointing", "graphs", "repeatable")
 
 
+_LATER = ("clip", "adversarial_weight", "score_span", "fake_span", "classifier_span", "r1_weight", "r1_sigma")
+
+
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the settings that a continued run would have to keep, and does not."""
-    return sorted(k for k in {*before, *now} - set(MAY_CHANGE) if before.get(k) != now.get(k))
+    """Names of the settings that a continued run would have to keep, and does not.
+
+    One that the run's version of FVGen did not have yet was then what is the default now.
+    """
+    known = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING}
+    defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+    old = {**{k: v for k, v in defaults.items() if k in _LATER}, **before}
+    return sorted(k for k in {*old, *now} - set(MAY_CHANGE) if old.get(k) != now.get(k))
 
 
 def default_settings(recipe: str) -> TrainSettings:

@@ -117,7 +117,6 @@ class Trainer:
         if self.position.update == 0 and not self._parallel.agree(self._is_saved()):
             self.save()  # whatever happens, there is something to go on from, and the disk can be written
         try:
-            self._start_data()
             while self.iteration < iterations:
                 self.advance()
                 if self.phase:
@@ -134,13 +133,15 @@ class Trainer:
                 if save:
                     self.save()
                 if over:
+                    self.close()
                     return False
-                if self._validate is not None and cadence.validate and (at % cadence.validate == 0 or last):
-                    figures = self._validate(self, f"stage{self.stage}-{at:06d}")
-                    self._log.scalars({f"stage{self.stage}/{k}": v for k, v in figures.items()}, at)
-            return True
-        finally:
-            self.close()
+                if cadence.validate and (at % cadence.validate == 0 or last):
+                    self.validate()
+        except BaseException:
+            self.close(hurry=True)
+            raise
+        self.close()
+        return True
 
     def advance(self) -> None:
         """One update, of the critics or of the student, whichever is due."""
@@ -167,13 +168,10 @@ class Trainer:
             statistics[f"{name}_gradient"] = self._optimisers[name].step(rate)
         if student:
             self.average.update()
-        where = {
-            "stage": self.stage,
-            "iteration": self.iteration,
-            "step": self.position.update,
-            "update": "student" if student else "critic",
-        }
-        self._history.add(where, statistics, samples)
+            if self.weight_mean is not None:  # of the whole update, however it is dealt out
+                self.weight_mean.update(parallel.mean(torch.cat([s["weight"] for s in samples]).mean()))
+        where = {"stage": self.stage, "iteration": self.iteration, "step": self.position.update}
+        self._history.add({**where, "update": "student" if student else "critic"}, statistics, samples)
         self.position.update += 1
         self.position.samples += settings.batch
 
@@ -203,6 +201,7 @@ class Trainer:
     def save(self) -> Path:
         """A checkpoint of this moment, once the guards have seen all before it."""
         self.collect()
+        begun = time.monotonic()
         files: dict[str, dict[str, Tensor]] = {"ema": self.average.tensors}
         for role, module in self.roles.trained.items():
             files[role] = checkpoint.module_tensors(module)
@@ -210,9 +209,8 @@ class Trainer:
         files["random"] = {"cpu": torch.get_rng_state()}
         if self._parallel.device.type == "cuda":
             files["random"]["cuda"] = torch.cuda.get_rng_state(self._parallel.device)
-        mean = self.weight_mean
-        if mean is not None and mean.value is not None:
-            files["weight_mean"] = {"value": mean.value}
+        if self.weight_mean is not None:
+            files["weight_mean"] = {"value": self.weight_mean.value}
         state = {
             **self._describe,
             "stage": self.stage,
@@ -226,7 +224,22 @@ class Trainer:
         }
         checkpoint.save(self._folder, self._name, files, state, self._cadence.keep, self._parallel)
         self._saved_at = time.monotonic()
+        self._pause(begun)
         return self._folder / self._name
+
+    def validate(self) -> None:
+        """Looks at the student as it is now, where anyone asked for that."""
+        if self._validate is None:
+            return
+        begun = time.monotonic()
+        figures = self._validate(self, f"stage{self.stage}-{self.iteration:06d}")
+        self._log.scalars({f"stage{self.stage}/{k}": v for k, v in figures.items()}, self.iteration)
+        self._pause(begun)
+
+    def _pause(self, begun: float) -> None:
+        """What was done since ``begun`` does not count as training in the speed."""
+        at, used = self._fetched_at
+        self._fetched_at = (at + time.monotonic() - begun, used)
 
     def restore(self, path: Path) -> None:
         """Goes on where the checkpoint ``path`` of this stage was taken, on any number of ranks.
@@ -250,10 +263,10 @@ class Trainer:
             if self._parallel.device.type == "cuda" and "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"], self._parallel.device)
 
-    def close(self) -> None:
-        """Ends the thread that prepares the batches."""
+    def close(self, hurry: bool = False) -> None:
+        """Ends the thread that prepares the batches, see :meth:`Prefetcher.close`."""
         if self._batches is not None:
-            self._batches.close()
+            self._batches.close(hurry)
             self._batches = None
 
     def _draws(self, lane: int) -> Draws:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvgen.codec import Conditioner, LatentCodec
 from fvgen.data.synthetic import synthetic_pairs
@@ -28,7 +30,7 @@ class Validation:
     """Generates the fixed held-out clips of the synthetic world; always the same clips from the same noise.
 
     Args:
-        bundle: VAE and image branch, on the device that does the work.
+        bundle: VAE and image branch, anywhere; each call has them on the device of the prompt, which does the work.
         folder: gets one folder per call: ``clip0.mp4`` (render, generated and true frames side by side) and so on,
             ``contact_sheet.png``, ``scores.json``.
         clips: how many.
@@ -56,7 +58,7 @@ class Validation:
             return {}
         student = trainer.roles.trained["student"]
         videos = []
-        with trainer.average.applied():
+        with self._encoders(), trainer.average.applied():
             student.eval()
             for number, (render, _) in enumerate(self._held_out()):
                 condition = self._condition(render[None])
@@ -68,6 +70,19 @@ class Validation:
         if not parallel_main:
             return {}
         return self._write(name, videos)
+
+    @contextmanager
+    def _encoders(self) -> Iterator[None]:
+        """VAE and image branch are on the device inside the block; those that training does not need leave its memory again."""
+        device = self._bundle.prompt.device
+        away = [m for m in (self._bundle.vae, self._bundle.image_encoder, self._bundle.image_projector) if _device(m) != device]
+        for module in away:
+            nn.Module.to(module, device)
+        try:
+            yield
+        finally:
+            for module in away:
+                nn.Module.to(module, "cpu")
 
     def _held_out(self) -> list[tuple[Tensor, Tensor]]:
         """Renders and true frames ``[T, 3, H, W]`` of every clip."""
@@ -102,3 +117,7 @@ class Validation:
 
 def _rows(pair: tuple[Tensor, Tensor], video: Tensor) -> list[tuple[str, Tensor]]:
     return [("point-cloud render", pair[0]), ("generated", video), ("true frames", pair[1])]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor
+
+from fvgen.distill.divergences import get_divergence
 
 
 class WeightMean:
-    """Exponential moving average of mean h.
+    """Exponential moving average of the mean of h over whole updates, by which the next update's weights are divided.
 
-    The mean of a single rank's batch will not do: with one sample per rank h / mean(h) = 1, and the divergence would silently be
-    reverse KL again. So the memory is long, and the mean is over all ranks.
+    The mean of a single forward call will not do: with one sample h / mean(h) = 1, and the divergence would silently be reverse
+    KL again. So the memory is long, the mean is over the clips of all calls and ranks, and an update is divided by what was known
+    before it: its calls, which may be made one after the other, have one divisor.
 
     Args:
+        divergence: whose h; the mean begins at h(1), where the student is as good as real.
         decay: at least 0.9.
-        all_mean: averages a scalar over the ranks; None on one rank.
     """
 
-    def __init__(self, decay: float = 0.99, all_mean: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, divergence: str, decay: float = 0.99) -> None:
         if not 0.9 <= decay < 1:
             raise ValueError(f"the decay of the running mean must lie in [0.9, 1), got {decay}")
-        self.decay, self._all_mean = decay, all_mean
-        self.value: Tensor | None = None
+        self.decay = decay
+        self.value = torch.tensor(get_divergence(divergence).at_one)
 
-    def update(self, weights: Tensor) -> Tensor:
-        """The mean after taking in weights ``[B]``; a scalar without gradient, to be saved with the state of the run."""
-        now = weights.detach().float().mean()
-        now = now if self._all_mean is None else self._all_mean(now)
-        self.value = now if self.value is None else self.decay * self.value + (1 - self.decay) * now
-        return self.value
+    def update(self, mean: Tensor) -> None:
+        """Takes in the mean h of an update's clips, a scalar."""
+        now = mean.detach().float()
+        self.value = self.decay * self.value.to(now.device) + (1 - self.decay) * now

@@ -107,7 +107,7 @@ def small_trainer(
     if critic_updates and method.critic_updates:
         method = replace(method, config=replace(method.config, critic_updates=critic_updates, inputs="rollout"))
     if weight_mean:
-        method = replace(method, weight_mean=WeightMean(all_mean=parallel.mean))
+        method = replace(method, weight_mean=WeightMean(method.config.divergence))
     roles = build_roles(small_teacher(), method, settings, parallel)
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, parallel.main)

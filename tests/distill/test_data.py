@@ -108,7 +108,7 @@ class Shards:
 
 def test_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fvgen.distill.data.ShardSet", Shards)
-    source = ShardSource(tmp_path, CPU, SHAPE, (6, WIDTH))
+    source = ShardSource(tmp_path, CPU, [SHAPE], (6, WIDTH))
     batch = source.read([2, 0])
     assert source.count == 4
     assert batch.clean.dtype == torch.float32
@@ -118,9 +118,9 @@ def test_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert batch.condition.uncond_context.shape == (2, 6, WIDTH)
     assert batch.condition.fps.tolist() == [7, 7]
     with pytest.raises(UserError, match="the model needs"):
-        ShardSource(tmp_path, CPU, (2, 3, 4, 5), (6, WIDTH))
+        ShardSource(tmp_path, CPU, [(2, 3, 4, 5), (2, 3, 5, 4)], (6, WIDTH))
     with pytest.raises(UserError, match="context"):
-        ShardSource(tmp_path, CPU, SHAPE, (7, WIDTH))
+        ShardSource(tmp_path, CPU, [SHAPE], (7, WIDTH))
 
 
 def _teacher(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:

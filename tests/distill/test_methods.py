@@ -16,7 +16,6 @@ from fvgen.distill.methods import DistributionMatching, OdeRegression, StageOne
 from fvgen.distill.networks import Draws
 from fvgen.distill.rollout import student_sample
 from fvgen.distill.weight_mean import WeightMean
-from fvgen.kernels.score_weighting import divergence_weight
 
 from .toy import Toy
 
@@ -166,8 +165,19 @@ def test_unknown_choices():
 
 
 def test_running_mean_of_the_weights():
-    logits = torch.tensor([-1.0, 2.0])
-    h = divergence_weight(logits, "softened_rkl", 10.0)
-    mean = WeightMean(0.9, all_mean=lambda x: x + 1)
-    assert mean.update(h).item() == pytest.approx(h.mean().item() + 1)
-    assert mean.update(h + 1).item() == pytest.approx(h.mean().item() + 1.1)
+    """It begins at h(1), and a gradient is divided by what was known before its own clips."""
+    mean = WeightMean("softened_rkl", 0.9)
+    assert mean.value.item() == 0.5
+    mean.update(torch.tensor(0.7))
+    assert mean.value.item() == pytest.approx(0.9 * 0.5 + 0.1 * 0.7)
+    assert WeightMean("forward_kl").value.item() == 1.0
+    toy = Toy()
+    x0 = torch.randn_like(toy.batch.clean)
+    plain, divided = (
+        DistributionMatching(toy.process, MatchingConfig(), m).gradient(toy.networks, x0, toy.batch, draws())[0]
+        for m in (None, mean)
+    )
+    torch.testing.assert_close(divided, plain / 0.52)
+    assert mean.value.item() == pytest.approx(0.52)
+    with pytest.raises(ValueError, match="decay"):
+        WeightMean("softened_rkl", 0.5)

@@ -116,9 +116,14 @@ def test_the_running_average() -> None:
         decay = min(0.3, (1 + i) / (10 + i))
         expected = decay * expected + (1 - decay) * value.double()
     torch.testing.assert_close(average.tensors["weight"].double(), expected, rtol=1e-6, atol=1e-6)
-    kept = copy.deepcopy(module.state_dict())
+    kept, averages, place = copy.deepcopy(module.state_dict()), copy.deepcopy(average.tensors), module.weight.data_ptr()
     with average.applied():
-        assert torch.equal(module.weight, average.tensors["weight"])
+        assert all(torch.equal(getattr(module, name), averages[name]) for name in ("weight", "bias"))
+        assert module.weight.data_ptr() == place  # recorded graphs read it there
+    assert all(torch.equal(getattr(module, name), kept[name]) for name in kept)
+    assert all(torch.equal(average.tensors[name], averages[name]) for name in kept)
+    with pytest.raises(KeyError), average.applied():
+        raise KeyError
     assert torch.equal(module.weight, kept["weight"])
 
 
@@ -134,8 +139,9 @@ def test_logs(tmp_path: Path) -> None:
     assert len(progress) == 2
     assert sum(b["count"] for p in progress for b in p["calibration"]) == 4 * 2 * SETTINGS.batch
     assert sum(sum(w["counts"]) for p in progress for w in p["weights"]) == 4 * SETTINGS.batch
-    assert measured_speed(tmp_path) == pytest.approx(progress[1]["clips_per_second"])
-    assert measured_speed(tmp_path / "none") is None
+    assert measured_speed(tmp_path, 2) == pytest.approx(progress[1]["clips_per_second"])
+    assert measured_speed(tmp_path, 1) is None
+    assert measured_speed(tmp_path / "none", 2) is None
 
 
 def test_an_old_checkpoint_is_renewed(tmp_path: Path) -> None:
