@@ -11,7 +11,7 @@ import torch
 from fvgen.distill.checkpoint import latest, read_state
 from fvgen.distill.folder import CHECKPOINTS
 from fvgen.distill.options import RunOptions
-from fvgen.distill.parallel import Parallel
+from fvgen.distill.parallel import Parallel, check_layout
 from fvgen.distill.plan import clips_left, measured_speed, memory_plan, validation_bytes
 from fvgen.distill.run import check_run, make_methods
 from fvgen.distill.settings import TrainSettings
@@ -36,6 +36,7 @@ def show_plan(
     synthetic, spec = options.data == "synthetic", get_preset(settings.recipe)
     # only clips and a start have to fit the teacher's weights
     bundle = None if teacher is None or (synthetic and options.start is None) else ModelBundle.from_pretrained(teacher)
+    check_layout("shard" if arguments.shard else "replicate", world)
     check_run(settings, options, bundle, Parallel(0, world, torch.device("cpu")))
     unet = spec.unet
     middle = round(unet.get("model_channels", 320) * unet.get("channel_mult", (1, 2, 4, 4))[-1])

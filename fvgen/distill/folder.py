@@ -92,7 +92,7 @@ def claimed(output: Path, record: dict[str, Any]) -> Iterator[None]:
     check_place(output, record)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("w")
+        lock = (output / LOCK).open("a")
     except OSError as error:
         raise UserError(f"cannot write into {output} ({error.strerror}); choose another --output") from error
     with lock:  # the kernel gives it back, also when the process is killed

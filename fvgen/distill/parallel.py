@@ -24,6 +24,12 @@ LAYOUTS = ("replicate", "shard")
 TIMEOUT = timedelta(minutes=20)  # longer than the slowest thing a rank does alone: its first clips, a checkpoint
 
 
+def check_layout(layout: str, world: int) -> None:
+    """Raises UserError where so many processes cannot share the networks."""
+    if layout == "shard" and world == 1:
+        raise UserError("sharding needs several processes; start it with torchrun --nproc-per-node N -m fvgen.cli distill ...")
+
+
 def sharded(x: Tensor) -> bool:
     """Whether a tensor is held in pieces by several ranks."""
     return hasattr(x, "full_tensor")
@@ -59,10 +65,7 @@ class Parallel:
             raise UserError(f"the layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         launched = envs.launched()
         if launched is None:
-            if layout == "shard":
-                raise UserError(
-                    "sharding needs several processes; start it with torchrun --nproc-per-node N -m fvgen.cli distill ..."
-                )
+            check_layout(layout, 1)
             alone = torch.device(device)
             if alone.type == "cuda":
                 alone = torch.device("cuda", alone.index or 0)

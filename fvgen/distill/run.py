@@ -195,7 +195,8 @@ def check_run(settings: TrainSettings, options: RunOptions, bundle: ModelBundle 
     """
     check_data(options.data)
     settings.calls(parallel.world)
-    check_place(options.output, options.record(settings))
+    if parallel.main:  # it makes the folder while the others may still look
+        check_place(options.output, options.record(settings))
     start = None if options.start is None else find_checkpoint(options.start)
     if bundle is None:
         return

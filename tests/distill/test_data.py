@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +15,21 @@ from fvgen.diffusion.ddim import ddim_sample
 from fvgen.diffusion.noise import recorded_noise
 from fvgen.diffusion.parameterisation import v_from_x0
 from fvgen.diffusion.schedule import NoiseSchedule
+from fvgen.distill.comparison import make_run
 from fvgen.distill.configs import STUDENT_TIMES
 from fvgen.distill.data import Order, ShardSource, batch_tensors
-from fvgen.distill.prefetch import Prefetcher
+from fvgen.distill.networks import Batch
+from fvgen.distill.options import RunOptions
+from fvgen.distill.parallel import Parallel
+from fvgen.distill.prefetch import PATIENCE_S, Prefetcher
+from fvgen.distill.rollout import Process
+from fvgen.distill.settings import TrainSettings
+from fvgen.distill.sources import make_source, shard_source
 from fvgen.distill.synthetic import Reuse, SyntheticSource
 from fvgen.distill.trajectories import Integration, TrajectorySource, integrate
 from fvgen.models.bundle import ModelBundle
+from fvgen.models.digest import encoder_digest
+from fvgen.pipeline import find_model
 from fvgen.recipes.presets import get_preset
 from fvgen.types import Condition
 from fvgen.utils.errors import UserError
@@ -144,8 +156,8 @@ def test_trajectories_are_the_samplers(tmp_path: Path) -> None:
     last: list[torch.Tensor] = []
     options = {"eta": 0.0, "guidance_scale": 3.0, "guidance_rescale": 0.0, "callback": lambda _s, _n, x0: last.append(x0)}
     ddim_sample(spy, schedule, batch.condition, noise.shape, recorded_noise([noise]), 8, **options)
-    for i, time in enumerate(STUDENT_TIMES):
-        torch.testing.assert_close(states[:, i], seen[time])
+    for i, t in enumerate(STUDENT_TIMES):
+        torch.testing.assert_close(states[:, i], seen[t])
     torch.testing.assert_close(clean, last[-1])
     with pytest.raises(UserError, match="multiple of 4"):
         Integration(STUDENT_TIMES, 6, 1.0, 0.0)
@@ -201,3 +213,105 @@ def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
         next(ahead)
     ahead.close()
     assert asked == [1, 2, 3, 4]
+
+
+def test_both_orientations_of_prepared_clips(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Upright(Shards):
+        def __init__(self, path: Path) -> None:
+            tokens = bundle.prompt.shape[-1]
+            self.constants = {"text_tokens": torch.ones(77, tokens), "uncond_context": torch.zeros(77 + 48, tokens)}
+
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            clip = torch.zeros(8, 3, 8, 4)
+            return {"clean": clip, "render": clip, "image_tokens": torch.zeros(48, 32), "fps": torch.tensor(7)}
+
+    monkeypatch.setattr("fvgen.distill.data.ShardSet", Upright)
+    assert bundle.index.portrait
+    assert shard_source("clips", bundle, CPU).read([0]).clean.shape == (1, 8, 3, 8, 4)
+    monkeypatch.setattr(bundle, "index", replace(bundle.index, portrait=False))
+    with pytest.raises(UserError, match=r"the model needs \(8, 3, 4, 8\)"):
+        shard_source("clips", bundle, CPU)
+
+
+def test_synthetic_clips_are_shared_only_where_they_are_the_same(bundle: ModelBundle, tmp_path: Path) -> None:
+    method = make_run("no_stage_one", Process.create(NoiseSchedule.create()))[0]
+    options, alone, worlds = RunOptions(tmp_path, "teacher", reuse=Reuse(window=2, block=2)), Parallel(0, 1, CPU), {}
+
+    def source(**changes: int) -> object:
+        settings = replace(TrainSettings("tiny", batch=2, micro_batch=1), **changes)
+        return make_source(method, settings, options, bundle, alone, _teacher, worlds)
+
+    first = source()
+    assert source(lead=3) is first
+    assert source(seed=1) is not first
+    assert source(batch=4) is not first
+    assert source() is first
+
+
+def test_the_digest_is_of_what_encodes(bundle: ModelBundle) -> None:
+    other = copy.deepcopy(bundle)
+    assert encoder_digest(other) == encoder_digest(bundle)
+    next(other.unet.parameters()).data.add_(1)
+    assert encoder_digest(other) == encoder_digest(bundle)
+    seen = {encoder_digest(bundle)}
+    for change in (other.vae, other.image_encoder, other.image_projector):
+        list(change.parameters())[-1].data.view(-1)[0] += 1
+        seen.add(encoder_digest(other))
+    other.prompt[0, 0] += 1
+    seen.add(encoder_digest(other))
+    other.index = replace(other.index, fps=3)
+    seen.add(encoder_digest(other))
+    assert len(seen) == 6
+
+
+def test_the_bundled_models_encode_alike() -> None:
+    """Clips are prepared with the student by default, and train from its teacher."""
+    student, teacher = (ModelBundle.from_pretrained(find_model(name)) for name in ("tiny", "tiny_teacher"))
+    assert encoder_digest(student) == encoder_digest(teacher)
+
+
+def test_an_error_does_not_wait_for_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither for many short steps, which are broken off, nor for one long step, which is left behind."""
+    stop, begun = threading.Event(), threading.Event()
+
+    def many(_: int) -> Batch:
+        begun.set()
+        while not stop.wait(0.01):
+            pass
+        return Latents().read([0])
+
+    ahead = Prefetcher(many, 0, CPU)
+    begun.wait()
+    start = time.monotonic()
+    ahead.close(hurry=True)
+    assert time.monotonic() - start < PATIENCE_S
+    assert not ahead._thread.is_alive()
+
+    def one(_: int) -> Batch:
+        begun.set()
+        stop.wait(60)
+        return Latents().read([0])
+
+    begun.clear()
+    ahead = Prefetcher(one, 0, CPU)
+    begun.wait()
+    start = time.monotonic()
+    ahead.close(hurry=True)
+    assert PATIENCE_S <= time.monotonic() - start < PATIENCE_S + 5
+    assert "left behind" in capsys.readouterr().err
+    stop.set()
+    ahead._thread.join(10)
+    assert not ahead._thread.is_alive()
+
+
+def test_a_stage_that_ends_waits_for_its_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    """The next one takes clips from the same source; what is awaited is said."""
+
+    def slow(_: int) -> Batch:
+        time.sleep(PATIENCE_S + 0.5)
+        return Latents().read([0])
+
+    ahead = Prefetcher(slow, 0, CPU)
+    ahead.close()
+    assert not ahead._thread.is_alive()
+    assert "waiting for it" in capsys.readouterr().err

@@ -52,6 +52,18 @@ def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Pat
     compare(tmp_path, single)
 
 
+def test_the_mean_of_the_weights_is_over_all_processes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert in_process(train, one, **RUN, iterations=3, weight_mean=True) == 0
+    assert on_ranks(2, train, two, **RUN, iterations=3, weight_mean=True) == [0, 0]
+    compare(two, one)
+    found, expected = (
+        load_file(checkpoint.latest(folder / "checkpoints") / "weight_mean.safetensors")["value"] for folder in (two, one)
+    )
+    assert expected != 0.5
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def average_some_gradients() -> None:
     """Gradients of many sizes and strides; the mean over ranks 0 and 1 of ``g (1 + rank)`` is 1.5 g."""
     parallel = Parallel.start("cpu")

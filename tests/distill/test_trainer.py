@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,26 @@ def test_logs(tmp_path: Path) -> None:
     assert measured_speed(tmp_path, 2) == pytest.approx(progress[1]["clips_per_second"])
     assert measured_speed(tmp_path, 1) is None
     assert measured_speed(tmp_path / "none", 2) is None
+
+
+def test_the_speed_is_that_of_training(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, cadence=Cadence(log=2, checkpoint=100, validate=2))
+    trainer._validate = lambda *_: time.sleep(2) or {}  # type: ignore[assignment,func-returns-value]
+    trainer.run(4)
+    second = json.loads((tmp_path / PROGRESS).read_text().splitlines()[1])
+    assert second["clips_per_second"] > 4 * SETTINGS.batch / 2
+
+
+def test_the_mean_of_the_weights_is_over_whole_updates(tmp_path: Path) -> None:
+    """Once per update of the student, whatever number of forward calls it is made of."""
+    trainer = small_trainer(tmp_path, replace(SETTINGS, micro_batch=1), weight_mean=True)
+    trainer.run(4)
+    expected = 0.5
+    for line in (tmp_path / LOSSES).read_text().splitlines():
+        if (record := json.loads(line))["update"] == "student":
+            expected = 0.99 * expected + 0.01 * record["weight"]
+    assert expected != 0.5
+    assert trainer.weight_mean.value.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_old_checkpoint_is_renewed(tmp_path: Path) -> None:

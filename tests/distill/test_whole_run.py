@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from fvgen.cli import main
 from fvgen.data.shards import ShardWriter
 from fvgen.distill import checkpoint, run
+from fvgen.distill.folder import claimed, read_record
 from fvgen.distill.guards import GuardLimits, Guards
 from fvgen.distill.logs import LOSSES, PROGRESS
+from fvgen.distill.options import RunOptions
 from fvgen.distill.parallel import Parallel
 from fvgen.distill.settings import TrainSettings
 from fvgen.models.bundle import ModelBundle
+from fvgen.models.digest import encoder_digest
 from fvgen.pipeline import FVGenPipeline
 from fvgen.recipes.presets import get_preset
 from fvgen.sampling import ModelSampler
@@ -199,10 +204,10 @@ def test_dry_run(fvgen: Run, tmp_path: Path) -> None:
     assert "DistributionMatching, 5000 iterations of 5 critic updates + 1" in out
 
 
-def write_clips(folder: Path, latents: tuple[int, ...], tokens: int) -> None:
+def write_clips(folder: Path, latents: tuple[int, ...], tokens: int, info: dict[str, object] | None = None) -> None:
     """A finished set of one clip for the small teacher, but for the shape of its latents and its image tokens."""
     folder.mkdir(parents=True)
-    (folder / "info.json").write_text("{}")
+    (folder / "info.json").write_text(json.dumps(info or {}))
     writer, frames = ShardWriter(folder, 1), latents[1]
     clip = {"clean": torch.zeros(latents), "render": torch.zeros(latents), "image_tokens": torch.zeros(tokens, 32)}
     clip |= {"fps": torch.tensor(7), "world_from_cam": torch.zeros(frames, 4, 4), "K": torch.zeros(frames, 3, 3)}
@@ -229,11 +234,110 @@ def test_clips_that_do_not_fit_leave_the_place_free(
     assert status == 0, err
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_clips_of_another_model_are_refused(fvgen: Run, teacher: Path, tmp_path: Path, dry: list[str]) -> None:
+    bundle = ModelBundle.from_pretrained(teacher)
+    write_clips(tmp_path / "own", (8, 3, 4, 8), 48, {"model": {"preset": "tiny", "encoder": encoder_digest(bundle)}})
+    bundle.vae.encoder.conv_in.bias.data[0] += 1
+    write_clips(tmp_path / "other", (8, 3, 4, 8), 48, {"model": {"preset": "tiny", "encoder": encoder_digest(bundle)}})
+    write_clips(tmp_path / "old", (8, 3, 4, 8), 48, {"model": {"preset": "tiny", "sha256": "0"}})
+    quick = ("--iterations", 1, "--lead", 0, "--validate-every", 0, "--method", "no_stage_one", *dry)
+    status, out, err = fvgen(*command(teacher, tmp_path / "run", *quick, "--data", tmp_path / "other"))
+    assert (status, out) == (2, "")
+    assert "encoded by another model" in err
+    assert not (tmp_path / "run").exists()
+    status, _, err = fvgen(*command(teacher, tmp_path / "run", *quick, "--data", tmp_path / "own"))
+    assert status == 0, err
+    assert "do not say" not in err
+    status, _, err = fvgen(*command(teacher, tmp_path / "older", *quick, "--data", tmp_path / "old"))
+    assert status == 0, err
+    assert "do not say which model encoded them" in err
+
+
+def test_a_second_command_keeps_out(fvgen: Run, teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    quick = ("--iterations", 1, "--validate-every", 0, "--method", "no_stage_one")
+    assert fvgen(*command(teacher, output, *quick))[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))}
+    with claimed(output, read_record(output)):
+        before |= {path: path.stat().st_mtime_ns for path in (output, output / "run.json")}
+        status, _, err = fvgen(*command(teacher, output, *quick, "--iterations", 2))
+        assert status == 2
+        assert "another command is at work" in err
+        assert {path: path.stat().st_mtime_ns for path in [*sorted(output.rglob("*")), output]} == before
+    assert fvgen(*command(teacher, output, *quick, "--iterations", 2))[0] == 0
+
+
+def test_a_validation_that_was_cut_off_is_made_up_for(fvgen: Run, teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run_it = command(teacher, output, "--iterations", 1, "--method", "no_stage_one")
+    assert fvgen(*run_it)[0] == 0
+    shown = output / "validation" / "stage1-000001"
+    scores, losses = (shown / "scores.json").read_text(), (output / LOSSES).read_bytes()
+    shutil.rmtree(shown)
+    status, _, err = fvgen(*run_it)
+    assert status == 0, err
+    assert (shown / "scores.json").read_text() == scores
+    assert (output / LOSSES).read_bytes() == losses
+
+
+def test_another_version_is_told(fvgen: Run, teacher: Path, tmp_path: Path) -> None:
+    quick = ("--validate-every", 0, "--method", "no_stage_one")
+    assert fvgen(*command(teacher, tmp_path / "run", *quick, "--iterations", 1))[0] == 0
+    path = checkpoint.latest(tmp_path / "run" / "checkpoints") / checkpoint.STATE
+    state = json.loads(path.read_text())
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["versions"]["python"] == platform.python_version()
+    status, _, err = fvgen(*command(teacher, tmp_path / "run", *quick, "--iterations", 2))
+    assert status == 0
+    assert "was written with" not in err
+    path = checkpoint.latest(tmp_path / "run" / "checkpoints") / checkpoint.STATE
+    state = json.loads(path.read_text())
+    state["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(state))
+    status, _, err = fvgen(*command(teacher, tmp_path / "run", *quick, "--iterations", 3))
+    assert status == 0
+    assert f"was written with torch 1.0, now {torch.__version__}" in err
+
+
+def test_a_setting_without_an_option(fvgen: Run, teacher: Path, tmp_path: Path) -> None:
+    quick = ("--validate-every", 0, "--method", "stage_one_only", "--iterations", 1)
+    chosen = ("--set", "r1_weight=0.5", "--set", "head.width=32")
+    status, _, err = fvgen(*command(teacher, tmp_path / "run", *quick, *chosen))
+    assert status == 0, err
+    assert "the student learns in 0 of 1 iterations" in err
+    assert all(json.loads(line)["r1"] >= 0 for line in (tmp_path / "run" / LOSSES).read_text().splitlines()[:1])
+    head = load_file(tmp_path / "run" / "checkpoints" / "stage1-000001" / "head.safetensors")
+    assert head["out.weight"].shape == (1, 32)
+    assert fvgen(*command(teacher, tmp_path / "run", *quick))[0] == 2  # another run
+    status, _, err = fvgen(*command(teacher, tmp_path / "new", *quick, "--set", "colour=red"))
+    assert status == 2
+    assert "there is no setting 'colour'" in err
+
+
+def test_a_plan_of_what_is_left(fvgen: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    quick = ("--validate-every", 0, "--lead", 0, "--iterations", 2, 3)
+    assert fvgen(*command(teacher, output, *quick, "--stage", 1, "--iterations", 2))[0] == 0
+    status, out, err = fvgen(*command(teacher, output, *quick, "--stage", 1, "--iterations", 6, "--dry-run"))
+    assert status == 0, err
+    assert "time left" in out
+    lines = [{"stage": 1, "iteration": 9, "clips_per_second": 0.001}, {"stage": 2, "iteration": 9, "clips_per_second": 1.0}]
+    (output / PROGRESS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    status, out, err = fvgen(*command(teacher, output, *quick, "--stage", 1, "--iterations", 6, "--dry-run"))
+    assert status == 0, err
+    assert "2.22 h at 0.0 clips/s" in out  # four iterations of two updates of one clip
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, _ = fvgen(*command(teacher, output, "--batch", 2, "--dry-run"))
+    assert (status, out) == (0, "")
+
+
 def test_forward_calls_that_cannot_be_dealt_out(teacher: Path, tmp_path: Path) -> None:
     settings, four = TrainSettings("tiny", batch=4, micro_batch=2), Parallel(0, 4, torch.device("cpu"))
     assert settings.calls(2) == 1
     with pytest.raises(UserError, match="--micro-batch 1"):
-        run.distill(settings, run.RunOptions(tmp_path / "new", "teacher"), ModelBundle.from_pretrained(teacher), four)
+        run.distill(settings, RunOptions(tmp_path / "new", "teacher"), ModelBundle.from_pretrained(teacher), four)
     assert not list(tmp_path.iterdir())
 
 
@@ -275,8 +379,9 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, fvgen: Run, teacher: Path, tmp_path: Path) -> None:
+def test_bad_input(case: str, dry: list[str], fvgen: Run, teacher: Path, tmp_path: Path) -> None:
     words, more = BAD[case]
     places = {
         "new": tmp_path / "new",
@@ -294,7 +399,7 @@ def test_bad_input(case: str, fvgen: Run, teacher: Path, tmp_path: Path) -> None
     record = {"settings": {"lr": 5e-5}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     more = [m.format(**places) if isinstance(m, str) else m for m in more]
-    status, out, err = fvgen(*command(teacher, tmp_path / "run", *more))
+    status, out, err = fvgen(*command(teacher, tmp_path / "run", *more, *dry))
     assert status == 2, err
     assert words in err
     assert "Traceback" not in err
