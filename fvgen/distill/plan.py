@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fvgen.codec import LatentCodec
 from fvgen.distill.classifier import ClassifierHead
 from fvgen.distill.logs import PROGRESS, read_lines
 from fvgen.distill.methods import Method
 from fvgen.distill.settings import TrainSettings
+from fvgen.distill.validation import CHUNK
 from fvgen.models.bundle import build_component
 from fvgen.models.spec import ModelSpec
 
@@ -65,10 +65,9 @@ def validation_bytes(spec: ModelSpec, encodes: bool) -> int:
     with torch.device("meta"):
         others = [build_component(name, getattr(spec, name)) for name in ("vae", "image_encoder", "image_projector")]
     index, channels = spec.index, others[0].config.block_out_channels
-    frames = min(LatentCodec(others[0]).chunk, index.frames)
-    pixels, positions = index.height * index.width, index.height * index.width // 4 ** (len(channels) - 1)
-    maps = 4 * frames * max(channels[0], channels[min(1, len(channels) - 1)]) * pixels
-    return (0 if encodes else sum(map(_count, others)) * 4) + 4 * max(maps, 2 * frames * positions**2)
+    pixels = index.height * index.width
+    maps, scores = 4 * max(channels[:2]) * pixels, 2 * (pixels // 4 ** (len(channels) - 1)) ** 2
+    return (0 if encodes else sum(map(_count, others)) * 4) + 4 * CHUNK * max(maps, scores)
 
 
 class _Fused(TorchFunctionMode):

@@ -24,6 +24,7 @@ from fvgen.io.video import write_video
 from fvgen.models.bundle import ModelBundle
 
 _SEED = 0
+CHUNK = 2  # frames in the VAE at once: a full-size stage 2 leaves little memory
 
 
 class Validation:
@@ -40,7 +41,7 @@ class Validation:
     def __init__(self, bundle: ModelBundle, folder: Path, clips: int, times: tuple[int, ...]) -> None:
         self._bundle, self._folder, self._clips, self._times = bundle, folder, clips, times
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
-        self._codec = LatentCodec(bundle.vae)
+        self._codec = LatentCodec(bundle.vae, CHUNK)
         towers = bundle.image_encoder, bundle.image_projector
         self._condition = Conditioner(self._codec, *towers, bundle.prompt, bundle.empty, bundle.index.fps)
         self._pairs: list[tuple[Tensor, Tensor]] = []

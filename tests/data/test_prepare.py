@@ -22,13 +22,14 @@ import fvgen.data.prepare as prepare_module
 from fvgen.data.clips import Clip
 from fvgen.data.encode import PairEncoder
 from fvgen.data.layouts import find_captures, read_capture
-from fvgen.data.pairs import build_pair
-from fvgen.data.prepare import Plan, read_plan
+from fvgen.data.pairs import Limits, build_pair
+from fvgen.data.prepare import Plan, Settings, open_set, read_plan
 from fvgen.data.shards import CLIP_KEYS, KEPT_KEYS, ShardSet, shard_name
 from fvgen.geometry.resize import fit
 from fvgen.io import read_images
 from fvgen.io.durable import is_partial
 from fvgen.models.bundle import ModelBundle
+from fvgen.models.digest import encoder_digest
 from fvgen.sampling import ModelSampler
 from fvgen.utils.errors import UserError
 from tests.data.scenes import truth, write_colmap_scene, write_realestate_scene, write_transforms_scene
@@ -69,7 +70,7 @@ def prepared(folder: Path, model: str, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
-def test_a_set(prepared: Path, folder: Path) -> None:
+def test_a_set(prepared: Path, folder: Path, model: str) -> None:
     found = ShardSet(prepared)
     report = json.loads((prepared / "report.json").read_text())
     assert len(found) == report["clips"]["written"] == 9 - report["clips"]["rejected"]
@@ -83,6 +84,7 @@ def test_a_set(prepared: Path, folder: Path) -> None:
     assert (info["size"], info["frames"], info["seed"], info["max_stride"]) == ([40, 64], 4, 0, 2)
     assert info["model"]["preset"] == "tiny"
     assert len(info["model"]["sha256"]) == 64
+    assert info["model"]["encoder"] == encoder_digest(ModelBundle.from_pretrained(model))
     assert "torch" in info["versions"]
     assert {found.describe(i)["scene"] for i in range(len(found))} == {"a/depth", "b", "c/clip"}
     clip = found[0]
@@ -95,6 +97,19 @@ def test_a_set(prepared: Path, folder: Path) -> None:
     with Image.open(prepared / "contact_sheet.png") as sheet:
         assert sheet.width == 5 * 64 + 4 * 2
         assert sheet.height in [rows * (40 + 18) for rows in range(3, 9)]  # a clip of each scene at least
+
+
+def test_a_set_begun_before_it_noted_the_encoder_goes_on(prepared: Path, folder: Path, tmp_path: Path) -> None:
+    plan = read_plan(prepared)
+    limits = Limits(**plan.settings["limits"])
+    settings = Settings(**{**plan.settings, "size": tuple(plan.settings["size"]), "limits": limits})
+    old = replace(plan, settings={**plan.settings, "model": {k: v for k, v in settings.model.items() if k != "encoder"}})
+    (tmp_path / "info.json").write_text(old.to_json())
+    assert open_set(folder, tmp_path, settings, {}) == old
+    with pytest.raises(UserError, match="was begun with model"):
+        open_set(folder, tmp_path, replace(settings, model={**settings.model, "sha256": "0"}), {})
+    with pytest.raises(UserError, match="was begun with model"):
+        open_set(folder, prepared, replace(settings, model={**settings.model, "encoder": "0"}), {})
 
 
 def test_latents_and_tokens_are_those_of_the_pipeline(prepared: Path, folder: Path, model: str) -> None:

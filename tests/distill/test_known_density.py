@@ -190,7 +190,8 @@ def apart(p: Mixture, q: Mixture) -> float:
 def test_every_divergence_is_driven_to_its_optimum(name: str, seed: int):
     """Eight trained means, each begun near a mode, so that q = p can be reached: the optimum of every one of them.
 
-    Forward KL's and Neyman's weights are clipped at 10, as in a run (with seed 0 that is reached). That bends the way there, not its end, where h(1) = 1.
+    Forward KL's and Neyman's weights are clipped at 10, as in a run (with seed 0 that is reached). That bends the way there, not
+    its end, where h(1) = 1.
     """
     generator = torch.Generator().manual_seed(seed)
     modes = ring(8, 2.0)
