@@ -56,7 +56,8 @@ def show_plan(
         plan = memory_plan(spec, method, settings, middle, world if arguments.shard else 1, synthetic)
         _lines({**plan, "together": sum(plan.values())})
         if options.validation_clips and options.cadence.validate:
-            kept = sum(n for name, n in plan.items() if not name.startswith("activations"))
+            # recorded calls keep the memory of their activations
+            kept = sum(n for name, n in plan.items() if "weights in bfloat16" in plan or not name.startswith("activations"))
             _lines({"in a validation (estimate)": kept + validation_bytes(spec, synthetic) / 1e9})
         left, speed = clips_left(method, settings, stage, state), measured_speed(options.output, stage)
         hours.append(0.0 if not left else None if speed is None else left / speed / 3600)

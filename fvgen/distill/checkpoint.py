@@ -85,7 +85,9 @@ def latest(root: Path) -> Path | None:
         return None
     path = _where(root)
     if not (path / STATE).is_file():
-        found = ", ".join(p.name for p in _complete(root)) or "none"
+        found = ", ".join(p.name for p in _complete(root))
+        if not found:
+            raise UserError(f"{root} has lost its checkpoint {path.name}; delete that folder, and the same command begins anew")
         raise UserError(f"{root / LATEST} names {path.name}, which is not there; write one of these into it: {found}")
     return path
 

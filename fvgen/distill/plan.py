@@ -18,7 +18,7 @@ from fvgen.distill.methods import Method
 from fvgen.distill.settings import TrainSettings
 from fvgen.distill.validation import CHUNK
 from fvgen.models.bundle import build_component
-from fvgen.models.spec import ModelSpec
+from fvgen.models.spec import COMPONENTS, ModelSpec
 
 _TRAINED = 4 + 4 + 8  # float32 weight, gradient and two moments
 
@@ -57,17 +57,18 @@ def memory_plan(
 
 
 def validation_bytes(spec: ModelSpec, encodes: bool) -> int:
-    """What a validation needs beside the networks, when no activations are kept: an estimate.
+    """What a validation needs beside what training holds: an estimate.
 
-    VAE and image branch, unless they are on the GPU anyway; and of a chunk of frames in the VAE the four largest feature maps at
-    full resolution and the softmax of its middle block, in float32. The averaged weights take the place of the student's.
+    VAE and image branch, unless they are on the GPU anyway. Then whichever is more: the student's weights in bfloat16, or of a
+    chunk of frames in the VAE the four largest feature maps or the scores of its middle block before and after their softmax, in
+    float32. The averaged weights take the place of the student's.
     """
     with torch.device("meta"):
-        others = [build_component(name, getattr(spec, name)) for name in ("vae", "image_encoder", "image_projector")]
+        unet, *others = (build_component(name, getattr(spec, name)) for name in COMPONENTS)
     index, channels = spec.index, others[0].config.block_out_channels
     pixels = index.height * index.width
     maps, scores = 4 * max(channels[:2]) * pixels, 2 * (pixels // 4 ** (len(channels) - 1)) ** 2
-    return (0 if encodes else sum(map(_count, others)) * 4) + 4 * CHUNK * max(maps, scores)
+    return (0 if encodes else sum(map(_count, others)) * 4) + max(2 * _count(unet), 4 * CHUNK * maps, 4 * CHUNK * scores)
 
 
 class _Fused(TorchFunctionMode):

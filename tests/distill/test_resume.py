@@ -179,4 +179,7 @@ def test_damaged_checkpoints_are_told(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / checkpoint.LATEST).write_text("stage2-000009\n")
     with pytest.raises(UserError, match="stage2-000000"):
         checkpoint.latest(tmp_path / "checkpoints")
+    shutil.rmtree(path)
+    with pytest.raises(UserError, match="begins anew"):
+        checkpoint.latest(tmp_path / "checkpoints")
     assert CADENCE.keep == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +67,13 @@ def test_settings_as_text() -> None:
     assert found == replace(expected, head=ClassifierConfig(width=96, layers=2))
     assert isinstance(found.clip_norm, float)
     assert {"adversarial_weight", "clip", "fake_span", "weight_decay", "head.groups"} <= set(setting_types())
+
+
+def test_the_documentation_lists_every_setting() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = text.partition("\n## Settings\n")[2].partition("\n## ")[0]
+    cells = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`([\w.]+)`", cells)) - {"tiny"} == set(setting_types())
 
 
 @pytest.mark.parametrize(

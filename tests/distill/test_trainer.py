@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,31 @@ def test_the_speed_is_that_of_training(tmp_path: Path) -> None:
     trainer.run(4)
     second = json.loads((tmp_path / PROGRESS).read_text().splitlines()[1])
     assert second["clips_per_second"] > 4 * SETTINGS.batch / 2
+
+
+def test_an_interruption_does_not_wait_for_clips(tmp_path: Path) -> None:
+    trainer, source = small_trainer(tmp_path), Latents()
+    fast, trainer._source = source.read, source
+
+    def slow(indices: Any) -> Any:
+        until = time.monotonic() + (60 if max(indices) > 20 else 0)
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        return fast(indices)
+
+    source.read = slow  # type: ignore[method-assign]
+    advance = trainer.advance
+
+    def interrupted() -> None:
+        if trainer.position.update == 2:
+            raise KeyboardInterrupt
+        advance()
+
+    trainer.advance = interrupted  # type: ignore[method-assign]
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(4)
+    assert time.monotonic() - begun < 20
 
 
 def test_the_mean_of_the_weights_is_over_whole_updates(tmp_path: Path) -> None:
