@@ -25,9 +25,10 @@ def _times(x: tuple[int, ...]) -> bool:
 
 
 _LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("lr", "fake_lr", "head_lr", "clip_norm", "clip", "guidance", "r1_sigma"), _positive, "above 0"),
+    (("clip_norm", "clip", "guidance", "r1_sigma"), _positive, "above 0"),
     (("trajectories", "trajectory_steps", "critic_updates"), _positive, "at least 1"),
-    (("weight_decay", "adversarial_weight", "r1_weight", "lead", "warmup"), lambda x: x >= 0, "at least 0"),
+    (("lr", "fake_lr", "head_lr", "weight_decay"), lambda x: x >= 0, "at least 0"),
+    (("adversarial_weight", "r1_weight", "lead", "warmup"), lambda x: x >= 0, "at least 0"),
     (("rescale",), lambda x: 0 <= x <= 1, "in 0 .. 1"),
     (("ema",), lambda x: 0 < x < 1, "between 0 and 1"),
     (("betas",), lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two numbers from 0 to below 1"),
