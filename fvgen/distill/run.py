@@ -35,6 +35,7 @@ from fvgen.distill.rollout import Process
 from fvgen.distill.settings import TrainSettings
 from fvgen.distill.sources import TRAJECTORIES, Worlds, check_encoder, make_source, shard_source
 from fvgen.distill.trainer import Trainer
+from fvgen.distill.trajectories import Integration
 from fvgen.distill.validation import Validation
 from fvgen.distill.weight_mean import WeightMean
 from fvgen.evaluation.provenance import versions
@@ -195,6 +196,8 @@ def check_run(settings: TrainSettings, options: RunOptions, bundle: ModelBundle 
     """
     check_data(options.data)
     settings.calls(parallel.world)
+    if settings.run == "causvid" and 1 in settings.stages:
+        Integration(settings.times, settings.trajectory_steps, settings.guidance, settings.rescale)
     if parallel.main:  # it makes the folder while the others may still look
         check_place(options.output, options.record(settings))
     start = None if options.start is None else find_checkpoint(options.start)

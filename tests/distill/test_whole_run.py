@@ -372,6 +372,8 @@ BAD = {
     "damaged record": ("cannot be read", ["--output", "{damaged}"]),
     "from": ("neither a training run", ["--from", "{empty}", "--output", "{new}"]),
     "from another model": ("does not fit the model", ["--stage", 2, "--from", "{foreign}", "--output", "{new}"]),
+    "trajectories": ("do not visit", ["--method", "causvid", "--set", "trajectory_steps=7", "--output", "{new}"]),
+    "setting": ("no setting 'colour'", ["--set", "colour=red"]),
     "shard": ("torchrun", ["--shard"]),
     "wandb": ("pip install wandb", ["--wandb"]),
     "method": ("invalid choice", ["--method", "dmd3"]),
