@@ -335,10 +335,12 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--geometry",
-        choices=("auto", "depth", "stereo"),
+        choices=("auto", "depth", "stereo", "dust3r"),
         default="auto",
-        help="depth of the end frames from files, stereo, or auto: depth where there is some (default: auto)",
+        help="depth of the end frames from files, stereo, dust3r, or auto: depth where there is some, otherwise dust3r where "
+        "--dust3r-weights are given, otherwise stereo (default: auto)",
     )
+    parser.add_argument("--dust3r-weights", metavar="DIR", help="written by `fvgen convert dust3r`")
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of stored latents (default: float16)"
     )

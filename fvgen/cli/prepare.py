@@ -12,6 +12,7 @@ from typing import Any
 from fvgen import envs
 from fvgen.cli.report import directory_sha256, versions
 from fvgen.data.prepare import Settings, finish_set, open_set, read_plan, write_part
+from fvgen.estimators import make_estimator, wants_dust3r
 from fvgen.models.bundle import read_index
 from fvgen.pipeline import find_model
 from fvgen.utils.device import choose_device, take_gpu
@@ -40,6 +41,7 @@ def _write(arguments: argparse.Namespace, output: Path) -> None:
     if arguments.folder is None:
         raise UserError("FOLDER is missing; give the folder that holds the clips (see `fvgen prepare --help`)")
     folder, model = Path(arguments.folder), find_model(arguments.model)
+    learned = _wants_dust3r(arguments)
     part, device = _share(arguments)
     from fvgen.data.encode import PairEncoder
     from fvgen.data.prepare import DTYPES
@@ -50,9 +52,12 @@ def _write(arguments: argparse.Namespace, output: Path) -> None:
     settings = _settings(arguments, model)
     bundle = ModelBundle.from_pretrained(model)
     settings = replace(settings, model={**settings.model, "encoder": encoder_digest(bundle)})
+    if learned:
+        settings = replace(settings, model={**settings.model, "dust3r": directory_sha256(Path(arguments.dust3r_weights))})
     plan = open_set(folder, output, settings, versions(), _bar)
     encoder = PairEncoder(bundle.to(device), DTYPES[settings.dtype], settings.keep_frames)
-    counts = write_part(folder, output, plan, encoder, part, _bar)
+    estimator = make_estimator("dust3r", arguments.dust3r_weights, device) if learned else None
+    counts = write_part(folder, output, plan, encoder, part, _bar, estimator)
     if counts:
         told = ", ".join(f"{number} {what}" for what, number in counts.most_common())
         print(f"this part      {told}")
@@ -61,6 +66,12 @@ def _write(arguments: argparse.Namespace, output: Path) -> None:
         print(f"{len(missing)} of {plan.shards} shards are left to the other parts; the last one to end writes the index")
     else:
         _finish(output)
+
+
+def _wants_dust3r(arguments: argparse.Namespace) -> bool:
+    """Whether clips without depth get DUSt3R's; "depth" and "stereo" are the classical choice."""
+    chosen = arguments.geometry if arguments.geometry in ("auto", "dust3r") else "classical"
+    return wants_dust3r(chosen, arguments.dust3r_weights)
 
 
 def _share(arguments: argparse.Namespace) -> tuple[tuple[int, int], str]:

@@ -15,13 +15,14 @@ from torch import Tensor
 from fvgen.data.clips import Clip, ClipPhotos, Rejected, clip_poses, load_clip
 from fvgen.data.layouts.capture import LONG_SIDE, Capture
 from fvgen.data.synthetic.depth import backproject
+from fvgen.estimators import Estimator
 from fvgen.geometry import estimate_scene
 from fvgen.geometry.estimate import METHODS
 from fvgen.geometry.resize import fit, limit_long_side
 from fvgen.render import put_photos, render_scene
 from fvgen.types import Cameras, GeometryQuality, ImageSet, RenderClip, Scene
 
-GEOMETRY = ("auto", "depth", *METHODS)
+GEOMETRY = ("auto", "depth", *METHODS, "dust3r")
 _PIXELS_PER_PART = 2**25, 2**17  # rendered at once on a GPU and on the CPU, which bounds memory
 
 
@@ -66,6 +67,7 @@ def build_pair(
     geometry: str = "auto",
     limits: Limits | None = None,
     device: str | torch.device = "cpu",
+    estimator: Estimator | None = None,
 ) -> Pair:
     """Photos, geometry and renders of one clip, as :mod:`fvgen.pipeline` makes them.
 
@@ -75,10 +77,12 @@ def build_pair(
         frames: T.
         size: (H, W) in pixels; photos are scaled to cover it and cut around the centre, the intrinsics with them.
         compositor: how points are blended, as the model wants it.
-        geometry: "depth" (of the two end frames, from files), a method of :func:`fvgen.geometry.estimate_scene`, or "auto": depth
-            where there is some, otherwise "stereo".
+        geometry: one of ``GEOMETRY``: "depth" (of the two end frames, from files), a method of
+            :func:`fvgen.geometry.estimate_scene`, "dust3r", or "auto": depth where there is some, otherwise DUSt3R where it is
+            given, otherwise "stereo".
         limits: what to reject; None takes the defaults.
         device: where points are rendered.
+        estimator: DUSt3R, see :class:`fvgen.estimators.Dust3rEstimator`.
 
     Raises:
         Rejected: the clip cannot be used.
@@ -87,7 +91,7 @@ def build_pair(
     which = clip.frames(frames)
     _check_path(clip_poses(capture, which)[:, :3, 3], limits)
     photos = load_clip(capture, which, with_depth=geometry in ("auto", "depth"))
-    scene = _scene(photos, geometry)
+    scene = _scene(photos, geometry, estimator)
     points, rgb = scene.cloud()
     angle = _median_angle(points, scene.cameras)
     if not angle >= limits.min_angle:
@@ -115,7 +119,7 @@ def _check_path(centres: Tensor, limits: Limits) -> None:
         raise Rejected("camera jumps", f"from frame {at} to {at + 1} of the clip by {longest:.3g}, median {median:.3g}")
 
 
-def _scene(photos: ClipPhotos, geometry: str) -> Scene:
+def _scene(photos: ClipPhotos, geometry: str, estimator: Estimator | None) -> Scene:
     images = ImageSet(photos.images.rgb[[0, -1]], (photos.images.names[0], photos.images.names[-1]), (None, None))
     cameras = photos.cameras[[0, -1]]
     if photos.depth is not None:
@@ -123,6 +127,8 @@ def _scene(photos: ClipPhotos, geometry: str) -> Scene:
     if geometry == "depth":
         raise Rejected("no depth", "the first or last frame has no depth map")
     try:
+        if estimator is not None and geometry in ("auto", "dust3r"):
+            return estimator(images, cameras)
         return estimate_scene(images, cameras, method="stereo" if geometry == "auto" else geometry)
     except (ValueError, np.linalg.LinAlgError, cv2.error) as error:
         raise Rejected("geometry failed", str(error)) from None

@@ -19,6 +19,7 @@ from fvgen.data.layouts import Capture, find_captures, locate, read_capture
 from fvgen.data.pairs import Limits, build_pair
 from fvgen.data.report import SHEET_ROWS, write_report
 from fvgen.data.shards import INFO, PREVIEW, ShardWriter
+from fvgen.estimators import Estimator
 from fvgen.io.durable import is_partial, write_durably
 from fvgen.io.outputs import check_output
 from fvgen.utils.errors import UserError
@@ -33,7 +34,7 @@ class Settings:
 
     Attributes:
         model: ``preset`` and ``sha256`` of the model that encodes, and ``encoder``, the digest of the parts of it that do (see
-            :func:`fvgen.models.digest.encoder_digest`).
+            :func:`fvgen.models.digest.encoder_digest`); ``dust3r``, the SHA-256 of those weights where they are used.
         size: (H, W) of the clips.
         frames: T.
         compositor: how points are blended.
@@ -184,7 +185,13 @@ def make_plan(folder: Path, settings: Settings, versions: dict[str, str], bar: B
 
 
 def write_part(
-    folder: Path, output: Path, plan: Plan, encoder: PairEncoder, part: tuple[int, int] = (0, 1), bar: Bar = _no_bar
+    folder: Path,
+    output: Path,
+    plan: Plan,
+    encoder: PairEncoder,
+    part: tuple[int, int] = (0, 1),
+    bar: Bar = _no_bar,
+    estimator: Estimator | None = None,
 ) -> Counter[str]:
     """Writes every ``n``-th shard, except those that are there.
 
@@ -195,6 +202,7 @@ def write_part(
         encoder: with the model of the plan.
         part: (i, n) with i in 0 .. n - 1.
         bar: shows progress; is given the clips.
+        estimator: DUSt3R, where the plan wants it.
 
     Returns:
         how many clips were written (``"written"``) and rejected, by reason.
@@ -213,7 +221,7 @@ def write_part(
     shard = _Shard(shown)
     for number, clip in bar(work, "clips"):
         try:
-            shard.add(clip, *_make(captures(clip.scene), clip, plan, encoder))
+            shard.add(clip, *_make(captures(clip.scene), clip, plan, encoder, estimator))
             counts["written"] += 1
         except Rejected as error:
             shard.reject(clip, error.reason, _below(folder, error.detail))
@@ -249,12 +257,13 @@ class _Shard:
         self.rejected.append({**asdict(clip), "reason": reason, "detail": detail})
 
 
-def _make(capture: Capture, clip: Clip, plan: Plan, encoder: PairEncoder) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+def _make(
+    capture: Capture, clip: Clip, plan: Plan, encoder: PairEncoder, estimator: Estimator | None
+) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
     """Tensors, facts and preview of a clip; Rejected where it cannot be used."""
     s = plan.settings
-    pair = build_pair(
-        capture, clip, s["frames"], tuple(s["size"]), s["compositor"], s["geometry"], Limits(**s["limits"]), encoder.device
-    )
+    size, limits = tuple(s["size"]), Limits(**s["limits"])
+    pair = build_pair(capture, clip, s["frames"], size, s["compositor"], s["geometry"], limits, encoder.device, estimator)
     return encoder(pair), pair.facts, preview(pair.truth, pair.renders)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.cli.conftest import fvgen, model  # noqa: F401
+from tests.cli.conftest import checkpoint, converted, fvgen, model  # noqa: F401
 
 
 @pytest.fixture(scope="module", autouse=True)

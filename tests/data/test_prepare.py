@@ -99,6 +99,37 @@ def test_a_set(prepared: Path, folder: Path, model: str) -> None:
         assert sheet.height in [rows * (40 + 18) for rows in range(3, 9)]  # a clip of each scene at least
 
 
+@pytest.mark.slow
+def test_geometry_of_dust3r(fvgen: Run, folder: Path, model: str, converted: Path, tmp_path: Path) -> None:
+    """A random network's points contradict the cameras, which stereo does not."""
+    command = ["prepare", folder / "b", "--output", tmp_path / "set", "--model", model, "--device", "cpu", *OPTIONS]
+    status, _, err = fvgen(*command, "--geometry", "dust3r", "--dust3r-weights", converted)
+    assert status == 2
+    assert "all 3 clips were rejected" in err
+    report = (tmp_path / "set" / "report.md").read_text()
+    assert report.count("geometry failed (the given cameras contradict what photos 1 and 2 show") == 3
+    info = json.loads((tmp_path / "set" / "info.json").read_text())
+    assert (info["geometry"], len(info["model"]["dust3r"])) == ("dust3r", 64)
+    status, _, err = fvgen(*command)  # another geometry is another set
+    assert status == 2
+    assert "was begun with" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--geometry", "dust3r"], "needs weights"),
+        (["--geometry", "stereo", "--dust3r-weights", "none"], "takes no DUSt3R weights"),
+        (["--dust3r-weights", "none"], "there are no DUSt3R weights none"),
+    ],
+)
+def test_weights_of_dust3r(options: list[str], says: str, fvgen: Run, folder: Path, model: str, tmp_path: Path) -> None:
+    status, _, err = fvgen("prepare", folder, "--output", tmp_path / "set", "--model", model, *options)
+    assert status == 2
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_set_begun_before_it_noted_the_encoder_goes_on(prepared: Path, folder: Path, tmp_path: Path) -> None:
     plan = read_plan(prepared)
     limits = Limits(**plan.settings["limits"])

@@ -15,8 +15,10 @@ from torch import Tensor
 from fvgen.data.clips import Clip, Rejected
 from fvgen.data.layouts import Capture, find_captures, read_capture
 from fvgen.data.pairs import Limits, Pair, build_pair
+from fvgen.data.synthetic.depth import backproject
 from fvgen.geometry.resize import fit
-from fvgen.types import ImageSet
+from fvgen.types import Cameras, GeometryQuality, ImageSet, Scene
+from fvgen.utils.errors import UserError
 from tests.data.scenes import SIZE, truth, write_images, write_transforms_scene
 
 CLIP, FRAMES = Clip(".", 0, 1, 2), 4  # frames 1, 3, 5, 7
@@ -98,6 +100,44 @@ def test_stereo_agrees_with_the_photos(capture: Capture) -> None:
     assert pair.facts["geometry"] == "stereo, given cameras"
     assert pair.facts["psnr_covered"] > 24
     assert pair.facts["coverage"] > 0.3
+
+
+class Knowing:
+    """In DUSt3R's place: it knows the true depth of the two end frames, or fails."""
+
+    fewest, mixed = 1, True
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.asked = fails, 0
+
+    def __call__(self, images: ImageSet, cameras: Cameras | None = None, *, progress: object = None) -> Scene:
+        self.asked += 1
+        if self.fails:
+            raise UserError("no points")
+        made = truth()
+        ends = made.cameras[[1, 7]]
+        assert cameras is not None
+        torch.testing.assert_close(cameras.world_from_cam, ends.world_from_cam, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(images.rgb, made.rgb[[1, 7]], atol=0.6 / 255, rtol=0)
+        points = backproject(made.depth[[1, 7]].double(), ends.K.double(), ends.world_from_cam.double()).float()
+        quality = GeometryQuality("dust3r, given cameras")
+        return Scene(images, cameras, points, torch.ones(points.shape[:3]), quality)
+
+
+@pytest.mark.parametrize(("geometry", "with_depth", "asked"), [("dust3r", True, 1), ("auto", False, 1), ("auto", True, 0)])
+def test_points_of_dust3r(capture: Capture, geometry: str, with_depth: bool, asked: int) -> None:
+    """Asked for the two end frames with their cameras; files with depth come first, unless it is named."""
+    used = capture if with_depth else replace(capture, frames=tuple(replace(f, depth=None) for f in capture.frames))
+    estimator = Knowing()
+    pair = build_pair(used, CLIP, FRAMES, SIZE, geometry=geometry, estimator=estimator)
+    assert estimator.asked == asked
+    assert pair.facts["geometry"].startswith("dust3r" if asked else "depth")
+    assert pair.facts["psnr_covered"] > 26
+
+
+def test_dust3r_without_points(capture: Capture) -> None:
+    with pytest.raises(Rejected, match="geometry failed: no points"):
+        build_pair(capture, CLIP, FRAMES, SIZE, geometry="dust3r", estimator=Knowing(fails=True))
 
 
 Break = Callable[[Capture, Path], Capture]
