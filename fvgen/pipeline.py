@@ -195,6 +195,7 @@ class FVGenPipeline:
         dust3r_weights: str | os.PathLike[str] | None = None,
         cpu_offload: bool = False,
         min_confidence: float | None = None,
+        verify: bool = False,
     ) -> FVGenPipeline:
         """Loads a model.
 
@@ -207,15 +208,17 @@ class FVGenPipeline:
             cpu_offload: for GPUs with little memory: what a stage does not need stays in the processor's memory, see
                 :class:`fvgen.inference.clip.ClipEngine`; slower.
             min_confidence: DUSt3R's pixels at or below it get no point; None = log 3, of values above 1.
+            verify: compare the files of the model, and of DUSt3R, with their checksums first.
 
         Raises:
-            UserError: unknown name, incomplete directory, no such device.
+            UserError: unknown name, incomplete directory, no such device, a file that differs from its checksum.
         """
         from fvgen.models.bundle import ModelBundle
 
         chosen = choose_device(device)
-        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload, min_confidence)
-        bundle = ModelBundle.from_pretrained(find_model(name_or_dir), device="cpu" if cpu_offload else chosen)
+        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload, min_confidence, verify)
+        place = "cpu" if cpu_offload else chosen
+        bundle = ModelBundle.from_pretrained(find_model(name_or_dir), device=place, verify=verify)
         return cls(bundle, chosen, fast, estimator, cpu_offload)
 
     def clip_size(self, images: Photos) -> tuple[int, int]:

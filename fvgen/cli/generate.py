@@ -53,6 +53,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.dust3r_weights if among.main else None,
                 arguments.cpu_offload,
                 arguments.min_confidence,
+                arguments.verify and among.main,
             )
             photos: Photos = read_images(arguments.photos) if among.main else []
         how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}

@@ -93,8 +93,9 @@ def geometry_facts(arguments: argparse.Namespace) -> dict[str, str]:
     weights = arguments.dust3r_weights
     if weights is None:
         return {}
-    from fvgen.models.dust3r.stored import WEIGHTS_FILE, file_sha256, read_report
+    from fvgen.io.digests import SUMS_FILE, file_sha256
+    from fvgen.models.tensor_files import WEIGHTS_FILE
 
-    if Path(weights).is_file():
-        return {"geometry_weights_sha256": file_sha256(weights)}
-    return {"geometry_weights_sha256": read_report(weights)["sha256"][WEIGHTS_FILE]}
+    places = [Path(weights), Path(weights) / SUMS_FILE, Path(weights) / WEIGHTS_FILE]
+    file = next((place for place in places if place.is_file()), None)
+    return {} if file is None else {"geometry_weights_sha256": file_sha256(file)}
