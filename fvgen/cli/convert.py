@@ -18,6 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Converts a checkpoint, or compares a converted one with its checksums."""
     if arguments.kind == "dust3r" and arguments.variant is not None:
         raise UserError("--variant belongs to viewcrafter; leave it out")
+    if arguments.kind == "dust3r" and arguments.keep_text_tower:
+        raise UserError("--keep-text-tower belongs to viewcrafter; leave it out")
     if arguments.verify:
         _verify(arguments)
         return
@@ -97,7 +99,7 @@ def _convert_viewcrafter(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype or "float16")
     with Stages() as stages:
         stages("read", 0.0)
-        bundle = convert_checkpoint(source, spec)
+        bundle = convert_checkpoint(source, spec, arguments.keep_text_tower)
         check_place(output, bundle.stored_bytes(dtype) + _MARGIN)
         digest = _source_sha256(source, stages)
         index = bundle.index

@@ -42,5 +42,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="bf16|fp16|fp32",
         help="of the stored weights, long names will do (default: fp32 for dust3r, fp16 for viewcrafter)",
     )
+    parser.add_argument(
+        "--keep-text-tower", action="store_true", help="viewcrafter: also store what prompts of your own need (0.7 GB in fp16)"
+    )
     parser.add_argument("--verify", action="store_true", help="only compare a finished --output with its checksums")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")

@@ -80,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for GPUs with little memory: keep on the CPU what a stage does not need; slower",
     )
+    generate.add_argument("--prompt", metavar="TEXT", help="for a model with its text tower (default: what it was trained with)")
+    generate.add_argument("--tokenizer", metavar="DIR", help="files of CLIP's tokenizer, for --prompt")
     generate.add_argument(
         "--verify", action="store_true", help="first compare the files of the model, and of DUSt3R, with their checksums"
     )

@@ -3,6 +3,7 @@
 model_index.json            kind, preset, sizes, sampling defaults
 unet/ vae/ image_encoder/ image_projector/      config.json, diffusion_pytorch_model.safetensors (large ones in several files)
 prompt.safetensors          prompt [77, D], empty [77, D]
+text_encoder/               for other prompts, if it was kept: loaded for one only, see ``prompts.py``
 SHA256SUMS                  of all files
 README.md                   of a converted model: what it was made of
 
@@ -25,7 +26,7 @@ from fvgen.io.digests import verify_sums, write_sums
 from fvgen.io.durable import whole_folder
 from fvgen.utils.errors import UserError
 
-from . import difference
+from . import difference, prompts
 from .spec import COMPONENTS, ModelIndex, ModelSpec
 from .tensor_files import load_tensors, save_file, save_tensors, stored_bytes, weight_files
 
@@ -65,6 +66,7 @@ class ModelBundle:
         image_encoder: ``ClipVisionTower``.
         image_projector: ``ImageProjector``.
         prompt, empty: ``[77, D]`` text tokens of the fixed and of the empty prompt.
+        text_encoder: ``ClipTextTower`` of a checkpoint that is being converted; a bundle that is read has none.
     """
 
     index: ModelIndex
@@ -74,6 +76,7 @@ class ModelBundle:
     image_projector: Any
     prompt: Tensor
     empty: Tensor
+    text_encoder: Any = None
 
     @staticmethod
     def random(spec: ModelSpec, seed: int = 0) -> ModelBundle:
@@ -123,12 +126,12 @@ class ModelBundle:
             except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise UserError(f"the {name} in {root} cannot be loaded ({str(error).splitlines()[0]}); save it again") from error
         try:
-            prompts = load_file(root / PROMPT_FILE)
+            tokens = load_file(root / PROMPT_FILE)
         except SafetensorError as error:
             raise UserError(f"{root / PROMPT_FILE} cannot be loaded ({error}); save the model again") from error
-        if not {"prompt", "empty"} <= set(prompts):
-            raise UserError(f"{root / PROMPT_FILE} must hold the tensors prompt and empty, has {sorted(prompts)}")
-        prompt, empty = (prompts[k].to(device=device, dtype=dtype) for k in ("prompt", "empty"))
+        if not {"prompt", "empty"} <= set(tokens):
+            raise UserError(f"{root / PROMPT_FILE} must hold the tensors prompt and empty, has {sorted(tokens)}")
+        prompt, empty = (tokens[k].to(device=device, dtype=dtype) for k in ("prompt", "empty"))
         return ModelBundle(index, prompt=prompt, empty=empty, **parts)
 
     def save_pretrained(
@@ -164,7 +167,7 @@ class ModelBundle:
             done += count
             progress(min(done / total, 0.999))
 
-        for name in COMPONENTS:
+        for name in self._stored():
             module = getattr(self, name)
             module.save_config(root / name)
             _forget_origin(root / name / "config.json")
@@ -178,7 +181,10 @@ class ModelBundle:
 
     def stored_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes that the weights take on the disk."""
-        return sum(stored_bytes(getattr(self, name).state_dict(), dtype) for name in COMPONENTS)
+        return sum(stored_bytes(getattr(self, name).state_dict(), dtype) for name in self._stored())
+
+    def _stored(self) -> tuple[str, ...]:
+        return COMPONENTS if self.text_encoder is None else (*COMPONENTS, prompts.FOLDER)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ModelBundle:
         """Move or cast every part in place; returns itself."""
@@ -238,7 +244,8 @@ def model_files(root: Path) -> list[str]:
     """Names, relative to a model directory, of the files that make it up."""
     if (root / difference.FILE).is_file():
         return [INDEX_FILE, difference.FILE]
-    parts = [f"{name}/{file}" for name in COMPONENTS for file in ("config.json", *weight_files(root / name))]
+    names = (*COMPONENTS, prompts.FOLDER) if (root / prompts.FOLDER).is_dir() else COMPONENTS
+    parts = [f"{name}/{file}" for name in names for file in ("config.json", *weight_files(root / name))]
     return [INDEX_FILE, *parts, PROMPT_FILE]
 
 

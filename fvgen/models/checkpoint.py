@@ -6,12 +6,13 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fvgen.utils.errors import UserError
 
 from .bundle import ModelBundle, build_component
 from .key_map import KEY_MAPS, PREFIXES, check_fit, convert_keys, reference_shapes
+from .prompts import embed
 from .spec import COMPONENTS, ModelSpec
 from .tokenizer import PROMPT, tokenize
 from .weights_file import read_weights
@@ -41,8 +42,13 @@ def read_reference_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]
     return {names[key]: value for key, value in file.tensors.items()}
 
 
-def convert_reference(state: dict[str, Tensor], spec: ModelSpec) -> ModelBundle:
+def convert_reference(state: dict[str, Tensor], spec: ModelSpec, keep_text_tower: bool = False) -> ModelBundle:
     """A bundle with the weights of a reference state dict, as they are there. Prompt embeddings come from its text tower.
+
+    Args:
+        state: under today's reference names.
+        spec: sizes of the networks.
+        keep_text_tower: whether the bundle has it, too, for other prompts.
 
     Raises:
         UserError: a weight is missing, unknown, or has a shape that ``spec`` does not expect.
@@ -59,13 +65,5 @@ def convert_reference(state: dict[str, Tensor], spec: ModelSpec) -> ModelBundle:
         weights = {theirs: state[PREFIXES[name] + theirs] for theirs in names.values()}
         module.load_state_dict(convert_keys(weights, names, module), strict=True, assign=True)
         module.eval()
-    prompt, empty = embed_prompts(tower.float())
-    return ModelBundle(spec.index, prompt=prompt, empty=empty, **parts)
-
-
-@torch.no_grad()
-def embed_prompts(tower: nn.Module) -> tuple[Tensor, Tensor]:
-    """Text tokens ``[77, D]`` of the fixed prompt and of the empty one."""
-    ids = torch.tensor([tokenize(PROMPT), tokenize("")])
-    prompt, empty = tower(ids).unbind(0)
-    return prompt.clone(), empty.clone()
+    prompt, empty = embed(tower, [tokenize(PROMPT), tokenize("")])
+    return ModelBundle(spec.index, prompt=prompt, empty=empty, **parts, text_encoder=tower if keep_text_tower else None)

@@ -242,3 +242,31 @@ def test_bundled_models_have_checksums(fvgen: Run, scene: Photos, model: str, co
     assert (status, "config.json differs from its checksum" in err) == (2, True)
     assert not (tmp_path / "out").exists()
     assert read_index(model).preset == "tiny"
+
+
+def test_prompts(fvgen: Run, source: Path, scene: Photos, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    assert fvgen("convert", "viewcrafter", source, "--keep-text-tower", "--output", out)[0] == 0
+    assert (out / "text_encoder" / WEIGHTS).is_file()
+    command = [
+        "generate",
+        *scene.photos[:2],
+        "--cameras",
+        scene.cameras,
+        "--frames",
+        3,
+        "--steps",
+        1,
+        "--output",
+        tmp_path / "out",
+    ]
+    for options, words in (
+        (["--model", model, "--prompt", "A cat"], "has no text tower"),
+        (["--model", out, "--prompt", "A cat"], "--tokenizer"),
+        (["--model", model, "--tokenizer", tmp_path], "only for a prompt of your own"),
+    ):
+        status, _, err = fvgen(*command, *options)
+        assert (status, words in err) == (2, True), err
+        assert not (tmp_path / "out").exists()
+    status, _, err = fvgen(*command, "--model", model, "--prompt", "")
+    assert status == 0, err

@@ -1,4 +1,4 @@
-"""How much main memory a conversion takes: at most 1.3 times the checkpoint, beside what the interpreter and its libraries take."""
+"""How much main memory a conversion takes: at most 1.3 times the checkpoint, beside what interpreter and libraries take."""
 
 from __future__ import annotations
 
