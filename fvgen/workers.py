@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from fvgen import envs
+from fvgen.utils.device import take_gpu
 from fvgen.utils.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # others wait for the geometry of the first
@@ -81,15 +82,11 @@ def workers(device: str) -> Iterator[Workers]:
     if launched is None:
         yield Workers(device=device)
         return
-    import torch
     import torch.distributed as dist
 
     rank, world, local = launched
     if device.startswith("cuda"):
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start fewer")
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+        device = take_gpu(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     try:
         yield Workers(rank, world, device)

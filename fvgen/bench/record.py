@@ -74,12 +74,19 @@ def readable(value: float | None, digits: int = 4) -> str:
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+def is_quick(record: Record) -> bool:
+    """Whether a record only shows that a measurement runs: its sizes are small, its name may be that of a real one."""
+    return "--quick" in str(record.get("command", "")).split()
+
+
 def figure(record: Record, date: str) -> Record:
     """The summary's entry for one record.
 
     Raises:
-        ValueError: the record lacks its value, unit, commit or command.
+        ValueError: the record lacks its value, unit, commit or command, or is of a quick run.
     """
+    if is_quick(record):
+        raise ValueError(f"record {record.get('name')!r} is of a quick run, which measures nothing")
     value, unit = value_of(record)
     if value is None:
         raise ValueError(f"record {record.get('name')!r} has none of {', '.join(VALUES)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fvgen.bench.plots import draw, stage_label
-from fvgen.bench.record import Record, readable, value_of
+from fvgen.bench.record import Record, is_quick, readable, value_of
 from fvgen.utils.errors import UserError
 
 REPORT_FILE = "report.md"
@@ -66,7 +66,7 @@ def report_text(records: Sequence[Record], pictures: dict[str, str]) -> str:
         pictures: file name -> caption.
     """
     lines = ["# Measured", "", "Written by `fvgen bench report` from the result files; times are medians.", "", *_origin(records)]
-    if any("--quick" in str(record.get("command", "")).split() for record in records):
+    if any(map(is_quick, records)):
         lines += ["", "Measured with `--quick`, at small shapes in few rounds: this shows that it runs, and measures nothing."]
     suites: dict[str, list[Record]] = {}
     for record in records:

@@ -63,8 +63,8 @@ def measure_views(
         times = _readings(together, device, rounds, quick, start)
     if among.main:
         assert prepared is not None
-        new, frames = f"views{SEGMENTS * (model.index.frames - 2)}", len(prepared.renders.rgb)
-        facts = {**describe(model, "pipeline", quick), "suite": "views", "steps": STEPS, "new_views": frames - SEGMENTS - 1}
+        new = len(prepared.renders.rgb) - len(prepared.photo_frames)
+        facts = {**describe(model, "pipeline", quick), "suite": "views", "steps": STEPS, "new_views": new}
         facts |= {"counted": COUNTED, "unit": "s"}
         medians, same = [], False
         for clips in dict.fromkeys((SEGMENTS, each)):
@@ -72,13 +72,13 @@ def measure_views(
             alone, timing = _alone(pipeline, prepared, clips, device, rounds, quick)
             same = torch.equal(found[0], alone)  # in the end with the same batches
             medians.append(timing.median_ms)
-            name = short_name(f"{new}_x1" + ("" if clips == SEGMENTS else f"_by{clips}"), model)
+            name = short_name(f"views{new}_x1" + ("" if clips == SEGMENTS else f"_by{clips}"), model)
             yield {"name": name, **facts, "processes": 1, "clips_at_once": clips, **timing.seconds()}
         state = {k: v for k, v in watch.facts.items() if k != "peak_memory_bytes"}
         own: dict[str, Any] = {"processes": among.world, "clips_at_once": each, "times_as_fast": min(medians) / times.median_ms}
         own |= {"same_bytes": same, "peak_memory_bytes": watch.facts["peak_memory_bytes"], "gpu_state": state}
         own |= {} if same else {"failed": "the frames differ from those of one process"}
-        yield {"name": short_name(f"{new}_x{among.world}", model), **facts, **own, **times.seconds()}
+        yield {"name": short_name(f"views{new}_x{among.world}", model), **facts, **own, **times.seconds()}
     among.gather({})  # the others wait
 
 

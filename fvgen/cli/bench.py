@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fvgen.bench.compare import compare, different_machines, table
 from fvgen.bench.record import Record, context, read_records, readable, value_of, write_records
 from fvgen.cli import bench_train
-from fvgen.utils.device import choose_device
+from fvgen.utils.device import choose_device, take_gpu
 from fvgen.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def _measure(arguments: argparse.Namespace) -> list[Record]:
 
         choose_specs(arguments.ops, arguments.quick)
     if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.set_device(torch.device(device).index or 0)
+        take_gpu(bench_train.gpu(device))
     elif not arguments.quick:
         _say("there is no GPU: this takes long and says little; --quick shows that everything runs")
     shared = context(command_of(arguments))

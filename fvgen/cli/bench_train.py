@@ -58,6 +58,12 @@ def rank() -> int:
     return _launched()[0]
 
 
+def gpu(device: str) -> int:
+    """The number of the GPU that this process begins with: of several processes each has its own."""
+    _, world, local = _launched()
+    return local if world > 1 else int(device.partition(":")[2] or 0)
+
+
 def _launched() -> tuple[int, int, int]:
     try:
         return envs.launched() or (0, 1, 0)

@@ -13,7 +13,7 @@ from fvgen.cli.report import directory_sha256, versions
 from fvgen.data.prepare import Settings, finish_set, open_set, read_plan, write_part
 from fvgen.models.bundle import read_index
 from fvgen.pipeline import find_model
-from fvgen.utils.device import choose_device
+from fvgen.utils.device import choose_device, take_gpu
 from fvgen.utils.errors import UserError
 
 
@@ -70,7 +70,7 @@ def _share(arguments: argparse.Namespace) -> tuple[tuple[int, int], str]:
     if device == "cuda":
         import torch
 
-        device = f"cuda:{local % torch.cuda.device_count()}"
+        device = take_gpu(local % torch.cuda.device_count())
     return arguments.part or (rank, world), device
 
 

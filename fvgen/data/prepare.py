@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fvgen.data.clips import Clip, Rejected, choose_clips
 from fvgen.data.encode import PairEncoder, preview
-from fvgen.data.layouts import Capture, Found, find_captures, read_capture
+from fvgen.data.layouts import Capture, find_captures, locate, read_capture
 from fvgen.data.pairs import Limits, build_pair
 from fvgen.data.report import SHEET_ROWS, write_report
 from fvgen.data.shards import INFO, PREVIEW, ShardWriter
@@ -259,11 +259,11 @@ def _reader(folder: Path, plan: Plan) -> Callable[[str], Capture]:
     @lru_cache(maxsize=2)
     def read(scene: str) -> Capture:
         known = plan.scenes[scene]
-        path = folder / (f"{scene}.txt" if known["layout"] == "realestate10k" else scene)
-        capture = read_capture(Found(scene, known["layout"], path), tuple(plan.settings["size"]))
+        found = locate(folder, scene, known["layout"])
+        capture = read_capture(found, tuple(plan.settings["size"]))
         if len(capture.frames) != known["frames"]:
             raise UserError(
-                f"{path} had {known['frames']} frames when the set was begun and has {len(capture.frames)} now; "
+                f"{found.path} had {known['frames']} frames when the set was begun and has {len(capture.frames)} now; "
                 "restore it or choose another --output"
             )
         return capture

@@ -114,15 +114,20 @@ def read_tensors(checkpoint: Path, file: str) -> dict[str, Tensor]:
         raise UserError(f"{checkpoint / file}.safetensors cannot be read ({error}); go back to an earlier checkpoint") from error
 
 
+def check(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises UserError where names or shapes of stored tensors are not those of the tensors held here."""
+    wrong = sorted({*targets} ^ {*tensors}) or sorted(k for k in targets if targets[k].shape != tensors[k].shape)
+    if wrong:
+        raise UserError(f"the {what} of the checkpoint does not fit the model: {wrong[0]} differs; use the teacher of that run")
+
+
 def restore(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     """Copies stored tensors into those held here.
 
     Raises:
         UserError: their names or shapes differ.
     """
-    wrong = sorted({*targets} ^ {*tensors}) or sorted(k for k in targets if targets[k].shape != tensors[k].shape)
-    if wrong:
-        raise UserError(f"the {what} of the checkpoint does not fit the model: {wrong[0]} differs; use the teacher of that run")
+    check(targets, tensors, what)
     for key, target in targets.items():
         put(target, tensors[key])
 

@@ -1,14 +1,12 @@
 """One process, or several under torchrun: each with a whole copy of the networks, or with its share of them (FSDP2).
 
-Gradients are averaged by hand once per update rather than by a wrapper around each forward call: a network is called several
-times per update, with and without a gradient, and only the sum of what those calls left is to be averaged.
+Gradients are averaged by hand once per update (``optimiser.py``) rather than by a wrapper around each forward call: a network is
+called several times per update, with and without a gradient, and only the sum of what those calls left is to be averaged.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -19,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fvgen import envs
+from fvgen.utils.device import take_gpu
 from fvgen.utils.errors import UserError
 
 LAYOUTS = ("replicate", "shard")
 TIMEOUT = timedelta(minutes=20)  # longer than the slowest thing a rank does alone: its first clips, a checkpoint
-_BUCKET = 2**26  # elements averaged in one message
 
 
 def sharded(x: Tensor) -> bool:
@@ -71,15 +69,7 @@ class Parallel:
                 torch.cuda.set_device(alone)
             return Parallel(0, 1, alone)
         rank, world, local_rank = launched
-        if device.startswith("cuda"):
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start fewer"
-                )
-            where = torch.device("cuda", local_rank)
-            torch.cuda.set_device(where)
-        else:
-            where = torch.device("cpu")
+        where = torch.device(take_gpu(local_rank) if device.startswith("cuda") else "cpu")
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
         mesh = dist.device_mesh.init_device_mesh(where.type, (world,)) if layout == "shard" else None
         return Parallel(rank, world, where, mesh)
@@ -112,32 +102,14 @@ class Parallel:
             layer.set_modules_to_forward_prefetch([following])
         return module
 
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Means over the ranks, in place; what is sharded was averaged by its backward pass."""
-        gradients = [p.grad for p in parameters if p.grad is not None and not sharded(p)]
-        if self.world == 1:
-            return
-        under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
-        for bucket in _buckets(gradients):  # each is packed and unpacked while others travel
-            flat = torch.cat([g.flatten() for g in bucket])
-            under_way.append((bucket, flat, self._start_mean(flat)))
-            if len(under_way) > 2:
-                _unpack(*under_way.popleft())
-        while under_way:
-            _unpack(*under_way.popleft())
-
     def mean(self, x: Tensor) -> Tensor:
         """The mean over the ranks, in place."""
-        if self.world > 1:
-            self._start_mean(x).wait()
+        if self.world > 1 and x.is_cuda:
+            dist.all_reduce(x, dist.ReduceOp.AVG)
+        elif self.world > 1:
+            x /= self.world  # gloo has no mean
+            dist.all_reduce(x)
         return x
-
-    def _start_mean(self, x: Tensor) -> Any:
-        """Begins :meth:`mean`; what comes back is to be waited for."""
-        if x.is_cuda:
-            return dist.all_reduce(x, dist.ReduceOp.AVG, async_op=True)
-        x /= self.world  # gloo has no mean
-        return dist.all_reduce(x, async_op=True)
 
     def agree(self, value: bool) -> bool:
         """What the first rank says: decisions that depend on the clock must be alike everywhere."""
@@ -156,25 +128,6 @@ class Parallel:
         """Leaves the group."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In order, as many at once as fit into a message."""
-    bucket: list[Tensor] = []
-    for g in gradients:
-        if bucket and sum(b.numel() for b in bucket) + g.numel() > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(g)
-    if bucket:
-        yield bucket
-
-
-def _unpack(bucket: list[Tensor], flat: Tensor, travelling: Any) -> None:
-    """Waits for a message and puts its parts where they came from."""
-    travelling.wait()
-    parts = flat.split([b.numel() for b in bucket])
-    torch._foreach_copy_(bucket, [x.view_as(b) for x, b in zip(parts, bucket, strict=True)])
 
 
 def whole(x: Tensor) -> Tensor:

@@ -112,8 +112,11 @@ def distill(
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     output, root = options.output, options.output / CHECKPOINTS
     check_data(options.data)
-    if options.start is not None:
-        find_checkpoint(options.start)
+    prepare_device(settings, parallel)
+    for part in (bundle.vae, bundle.image_encoder, bundle.image_projector):  # the network is copied from where it is
+        torch.nn.Module.to(part, parallel.device).requires_grad_(False).eval()
+    bundle.prompt, bundle.empty = bundle.prompt.to(parallel.device), bundle.empty.to(parallel.device)
+    check_fit(settings, options, bundle, parallel)
     if parallel.main:
         claim(output, options.record(settings))
         for folder in (output, output / VALIDATION, output / TRAJECTORIES):
@@ -121,10 +124,6 @@ def distill(
         checkpoint.clean_up(root)
         (output / STOPPED).unlink(missing_ok=True)
     parallel.wait()
-    prepare_device(settings, parallel)
-    for part in (bundle.vae, bundle.image_encoder, bundle.image_projector):  # the network is copied from where it is
-        torch.nn.Module.to(part, parallel.device).requires_grad_(False).eval()
-    bundle.prompt, bundle.empty = bundle.prompt.to(parallel.device), bundle.empty.to(parallel.device)
     methods = make_methods(settings, bundle.index.base_scale, parallel)
     log = RunLog(output, parallel.main, options.wandb, options.record(settings))
     worlds = {} if worlds is None else worlds
@@ -204,6 +203,20 @@ def prepare_device(settings: TrainSettings, parallel: Parallel) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+def check_fit(settings: TrainSettings, options: RunOptions, bundle: ModelBundle, parallel: Parallel) -> None:
+    """Refuses what would end the run before its first update, while its folder is not there yet and its name is free.
+
+    Raises:
+        UserError: clips or a start of another size than the teacher's, or forward calls that cannot be dealt out.
+    """
+    settings.calls(parallel.world)
+    if options.start is not None:
+        student = checkpoint.read_tensors(find_checkpoint(options.start), "student")
+        checkpoint.check(checkpoint.module_tensors(bundle.unet), student, "student")
+    if options.data != "synthetic":
+        shard_source(options.data, bundle, parallel.device)
+
+
 def make_methods(settings: TrainSettings, base_scale: float, parallel: Parallel) -> tuple[Method, ...]:
     """The methods of the run, with the choices of the settings; ``base_scale`` is that of the teacher's schedule."""
     process = Process.create(NoiseSchedule.create(base_scale), parallel.device)
@@ -247,17 +260,26 @@ def make_source(
             worlds[reuse] = SyntheticSource(bundle, settings.batch, reuse, settings.seed, options.compile)
         source = worlds[reuse]
     else:
-        factor = 2 ** (len(bundle.vae.config.block_out_channels) - 1)
-        shape = (index.latent_channels, index.frames, index.height // factor, index.width // factor)
-        photo = torch.zeros(1, 3, index.height, index.width, device=parallel.device)
-        with torch.no_grad():
-            tokens = bundle.image_projector(bundle.image_encoder(photo)).shape[1]
-        source = ShardSource(options.data, parallel.device, shape, (len(bundle.prompt) + tokens, bundle.prompt.shape[-1]))
+        source = shard_source(options.data, bundle, parallel.device)
     if not regression:
         return source
     how = Integration(settings.times, settings.trajectory_steps, settings.guidance, settings.rescale)
     schedule, cache = NoiseSchedule.create(index.base_scale), options.output / TRAJECTORIES
     return TrajectorySource(source, settings.trajectories, teacher, schedule, how, cache, settings.seed, settings.micro_batch)
+
+
+def shard_source(data: str, bundle: ModelBundle, device: torch.device) -> ShardSource:
+    """The clips of a folder.
+
+    Raises:
+        UserError: they have another size than those of the model, which is on ``device``.
+    """
+    index, factor = bundle.index, 2 ** (len(bundle.vae.config.block_out_channels) - 1)
+    shape = (index.latent_channels, index.frames, index.height // factor, index.width // factor)
+    photo = torch.zeros(1, 3, index.height, index.width, device=device)
+    with torch.no_grad():
+        tokens = bundle.image_projector(bundle.image_encoder(photo)).shape[1]
+    return ShardSource(data, device, shape, (len(bundle.prompt) + tokens, bundle.prompt.shape[-1]))
 
 
 def find_checkpoint(path: Path) -> Path:

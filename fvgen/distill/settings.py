@@ -85,6 +85,17 @@ class TrainSettings:
         """Forward calls per update, over all GPUs."""
         return self.batch // self.micro_batch
 
+    def calls(self, world: int) -> int:
+        """Forward calls per update of each of so many processes.
+
+        Raises:
+            UserError: they cannot be dealt out.
+        """
+        if self.lanes % world:
+            calls, smaller = f"{self.lanes} forward calls of {self.micro_batch} clips", max(1, self.batch // world)
+            raise UserError(f"{calls} cannot be dealt out to {world} processes; give another --batch, or --micro-batch {smaller}")
+        return self.lanes // world
+
     def rate(self, network: str, iteration: int, alone: bool = False) -> float:
         """Learning rate of a network in an iteration of a stage, counted from 0.
 

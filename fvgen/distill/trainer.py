@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fvgen.distill import checkpoint
 from fvgen.distill.data import Order, Source
@@ -28,7 +28,6 @@ from fvgen.distill.prefetch import Prefetcher
 from fvgen.distill.roles import Roles
 from fvgen.distill.settings import Cadence, TrainSettings
 from fvgen.distill.weight_mean import WeightMean
-from fvgen.utils.errors import UserError
 
 
 @dataclass
@@ -79,10 +78,6 @@ class Trainer:
         validate: Callable[[Trainer, str], dict[str, float]] | None = None,
         samples: int = 0,
     ) -> None:
-        if settings.lanes % parallel.world:
-            calls, processes = f"{settings.lanes} forward calls of {settings.micro_batch} clips", f"{parallel.world} processes"
-            smaller = max(1, settings.batch // parallel.world)
-            raise UserError(f"{calls} cannot be dealt out to {processes}; give another --batch, or --micro-batch {smaller}")
         self.stage, self.method, self.roles, self.settings = stage, method, roles, settings
         self._cadence, self._parallel, self._folder, self._log = cadence, parallel, folder, log
         self._describe, self._guards, self._validate = describe or {}, guards or Guards(), validate
@@ -91,7 +86,7 @@ class Trainer:
         self._optimisers = {name: NetworkOptimiser(module, settings, parallel) for name, module in roles.trained.items()}
         self.average = WeightAverage(roles.trained["student"], settings.ema)
         self._history = History()
-        self._calls = settings.lanes // parallel.world  # forward calls of this rank per update
+        self._calls = settings.calls(parallel.world)  # forward calls of this rank per update
         self._batches: Prefetcher | None = None
         self._fetched_at = (time.monotonic(), 0)
         self._saved_at = time.monotonic()
@@ -154,8 +149,8 @@ class Trainer:
         student = self.phase == self.method.critic_updates
         step = self.method.student_update if student else self.method.critic_update
         # of all networks: the student's loss also reaches the head
-        for module in self.roles.trained.values():
-            self._zero(module)
+        for optimiser in self._optimisers.values():
+            optimiser.zero()
         rows, samples, trained = [], [], ()
         for call in range(self._calls):
             batch = next(self._batches)  # type: ignore[arg-type]
@@ -252,14 +247,6 @@ class Trainer:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
-
-    def _zero(self, module: nn.Module) -> None:
-        if not self.settings.graphs or self._parallel.mesh is not None:
-            module.zero_grad(set_to_none=True)
-            return
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if gradients:  # the graphs add to these very tensors
-            torch._foreach_zero_(gradients)
 
     def _draws(self, lane: int) -> Draws:
         """The random numbers of one forward call of this update; ``lane`` counts those of all ranks."""

@@ -59,7 +59,7 @@ class ClipEngine:
             self.unet = UNetEngine(bundle.unet, dtype)
         with lent(bundle.vae, self.device):
             chunk = FRAMES_AT_ONCE if self.offloaded else None
-            self.vae = PackedVAE(bundle.vae, dtype, chunk, fold_upsample="transposed")
+            self.vae = PackedVAE(bundle.vae, dtype, chunk)
         self._scaling = float(bundle.vae.config.scaling_factor)
         with lent(bundle.image_encoder, self.device), lent(bundle.image_projector, self.device):
             self.tower: Callable[[Tensor], Tensor] = PackedImageTower(bundle.image_encoder, bundle.image_projector, dtype)

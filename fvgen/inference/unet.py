@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fvgen.inference.residual import Downsample, ResidualEngine, Upsample
-from fvgen.inference.rows import Convolution, Grid, Norm, Pending
+from fvgen.inference.rows import Grid, Norm, Pending
 from fvgen.inference.transformers import ContextKeys, SpatialEngine, TemporalEngine
+from fvgen.kernels.image_conv import conv_from_image, conv_to_image, pack_from_image, pack_to_image
 from fvgen.models.blocks import ResBlock
 from fvgen.models.unet import UNetLayer, VideoUNet
 
@@ -48,7 +49,7 @@ class UNetEngine:
         self._unet, self.dtype = unet, dtype
         self._attending: list[SpatialEngine] = []
         self._shifts: list[tuple[Tensor, Tensor]] = []  # weight and bias of every block's embedding, float32
-        self._conv_in = Convolution(unet.conv_in, dtype, add_bias=True)
+        self._conv_in = _FromLatents(unet.conv_in, dtype)
         self._temporal_in = None if unet.temporal_in is None else TemporalEngine(unet.temporal_in, dtype)
         self._down = [[self._layer(layer) for layer in level.layers] for level in unet.down_levels]
         self._mid = self._layer(unet.mid.layer)
@@ -57,7 +58,7 @@ class UNetEngine:
         # by the level above the change, highest resolution first
         self._leave_down = [Downsample(level.resample.conv, dtype) for level in unet.down_levels if level.resample]
         self._leave_up = [Upsample(level.resample.conv, dtype) for level in unet.up_levels if level.resample][::-1]
-        self._norm_out, self._conv_out = Norm(unet.norm_out, dtype), _padded(unet.conv_out, dtype)
+        self._norm_out, self._conv_out = Norm(unet.norm_out, dtype), _ToLatents(unet.conv_out, dtype)
         self._weights = torch.cat([weight for weight, _ in self._shifts])
         self._biases = torch.cat([bias for _, bias in self._shifts])
 
@@ -118,14 +119,12 @@ class UNetEngine:
         """
         batch, _, frames, height, width = x.shape
         grid = Grid(batch, frames, height, width)
-        rows = x.to(self.dtype).permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, -1)
-        h = Pending(self._conv_in(rows, height, width))
+        h = Pending(self._conv_in(x))
         if self._temporal_in is not None:
             h = self._temporal_in(h, grid)
         h, lower = self._level(0, h, _Given(shifts, keys), grid, lower, left_out)
         out, _ = self._norm_out(h, batch * frames)
-        v = self._conv_out(out, height, width)[..., : self._unet.config.out_channels]
-        return v.float().unflatten(1, (height, width)).unflatten(0, (batch, frames)).permute(0, 4, 1, 2, 3), lower
+        return self._conv_out(out, grid), lower
 
     def _level(
         self, level: int, h: Pending, given: _Given, grid: Grid, lower: Pending | None = None, left_out: int = 0
@@ -176,11 +175,24 @@ class UNetEngine:
         return ResidualEngine(block, self.dtype), len(self._shifts) - 1
 
 
-def _padded(conv: torch.nn.Conv2d, dtype: torch.dtype) -> Convolution:
-    """A convolution whose output channels are filled up to a multiple of 8, as fast algorithms want them."""
-    packed = Convolution(conv, dtype, add_bias=True)
-    missing = -conv.out_channels % 8
-    packed.weight = torch.cat([packed.weight, packed.weight.new_zeros(missing, *packed.weight.shape[1:])])
-    packed.weight = packed.weight.contiguous(memory_format=torch.channels_last)
-    packed.bias = torch.cat([packed.bias, packed.bias.new_zeros(missing)])
-    return packed
+class _FromLatents:
+    """The first convolution."""
+
+    def __init__(self, conv: torch.nn.Conv2d, dtype: torch.dtype) -> None:
+        self.weight, self.bias = pack_from_image(conv.weight.detach().to(dtype)), conv.bias.detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[B, C_in, T, h, w]`` to rows ``[B T, h w, C]``."""
+        return conv_from_image(x.transpose(1, 2).flatten(0, 1), self.weight, self.bias).flatten(1, 2)
+
+
+class _ToLatents:
+    """The last convolution."""
+
+    def __init__(self, conv: torch.nn.Conv2d, dtype: torch.dtype) -> None:
+        self.weight, self.bias = pack_to_image(conv.weight.detach().to(dtype)), conv.bias.detach()
+
+    def __call__(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Rows ``[B T, h w, C]`` to ``[B, C_out, T, h, w]`` float32."""
+        out = conv_to_image(rows.unflatten(1, (grid.height, grid.width)), self.weight, self.bias)
+        return out.float().unflatten(0, (grid.batch, grid.frames)).transpose(1, 2)

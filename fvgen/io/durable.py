@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,41 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Args:
         path: in an existing folder; a file or folder there is replaced.
     """
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
-    new, old = work / "new", work / "old"
-    try:
-        yield new
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with partial_folder(path) as work:
+        new, old = work / "new", work / "old"
+        try:
+            yield new
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path`` for work on it; what is under that name at the end of the block is removed.
+
+    The folder is locked as long as this process lives. So the end of the block can also remove what killed processes have left of
+    such folders, but only once something is at ``path``: before that, they may hold all that is left of it.
+
+    Args:
+        path: in an existing folder; need not be there.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
+        with _locked(folder, wait=True):
+            if not folder.exists():  # somebody saw it before it was locked, and took it for a dead process's
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                if path.exists():
+                    _remove_dead(path)
+            return
 
 
 def flush(path: Path) -> None:
@@ -97,6 +120,33 @@ def _link(part: Path, path: Path) -> None:
         if not path.exists():
             os.replace(part, path)
     part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process now has the lock of a folder. The system takes it back when the process dies, however it dies."""
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except OSError:  # another has it, the folder is gone, or its file system knows no locks
+        held = False
+    try:
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_dead(path: Path) -> None:
+    """Removes the :func:`partial_folder` s of ``path`` that nobody holds; never an error."""
+    with suppress(OSError):
+        for left in path.parent.iterdir():
+            if is_partial(left) and left.is_dir() and left.name[1:].rpartition(_MARK)[0] == path.name:
+                with _locked(left) as dead:
+                    if dead:
+                        shutil.rmtree(left, ignore_errors=True)
 
 
 def is_partial(path: Path) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+from fvgen.io.durable import partial_folder
 from fvgen.utils.errors import UserError
 
 REPORT = "report.json"  # what marks a directory as one of ours
@@ -63,7 +63,8 @@ def check_place(directory: str | PathLike[str], need_bytes: int = 0) -> None:
     path = Path(os.path.abspath(directory))
     parent = next(p for p in path.parents if p.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=parent))
+        with partial_folder(parent / path.name):
+            pass
     except OSError as error:
         raise UserError(f"cannot write into {parent} ({error.strerror}); choose another --output") from None
     free = shutil.disk_usage(parent).free
@@ -77,23 +78,21 @@ def check_place(directory: str | PathLike[str], need_bytes: int = 0) -> None:
 def output_directory(directory: str | PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory beside its later place: renamed at the end of the block, removed if the block fails.
 
-    An earlier result is replaced only then, so that a failure keeps it.
+    An earlier result is replaced only then, so that a failure keeps it. What killed processes have left beside it is removed once
+    there is a newer result.
 
     Raises:
         UserError: as :func:`check_output`, or the disk filled up meanwhile.
     """
     path = check_output(directory, overwrite)
     made = [p for p in reversed(path.parents) if not p.exists()]
-    partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        partial.chmod(0o777 & ~_umask())
-        yield partial
-        _swap(partial, path)
+        with partial_folder(path) as partial:
+            partial.chmod(0o777 & ~_umask())
+            yield partial
+            _swap(partial, path)
     except BaseException as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
         for folder in reversed(made):
             try:
                 folder.rmdir()
@@ -108,14 +107,14 @@ def _swap(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    os.rename(path, old)  # onto the empty directory
-    try:
-        os.rename(partial, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    with partial_folder(path) as old:
+        try:
+            os.rename(path, old)  # onto the empty directory
+            os.rename(partial, path)
+        except BaseException:
+            if not path.exists():
+                os.rename(old, path)
+            raise
 
 
 def _umask() -> int:

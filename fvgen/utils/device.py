@@ -33,6 +33,24 @@ def choose_device(name: str) -> str:
     return name
 
 
+def take_gpu(number: int) -> str:
+    """Makes a GPU the current one of this process and returns its name.
+
+    Before anything else that needs CUDA: a call that names no device would open a context on the first GPU, in every process of
+    the machine.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"process {number} of this machine has no GPU: there are {count}; start fewer")
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
 @contextmanager
 def lent(module: Module, device: torch.device | str) -> Iterator[Module]:
     """A module with its weights on ``device`` inside the block, without gradients; afterwards they are what they were."""

@@ -28,14 +28,14 @@ def test_two_processes(tmp_path: Path, device: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("records in") == 1  # of the first process alone
     one, halves, two = json.loads(file.read_text())
-    assert [r["name"] for r in (one, halves, two)] == ["views56_x1_tiny_s", "views56_x1_by2_tiny_s", "views56_x2_tiny_s"]
+    assert [r["name"] for r in (one, halves, two)] == ["views8_x1_tiny_s", "views8_x1_by2_tiny_s", "views8_x2_tiny_s"]
     assert [(r["processes"], r["clips_at_once"], r["new_views"]) for r in (one, halves, two)] == [(1, 4, 8), (1, 2, 8), (2, 2, 8)]
     assert two["same_bytes"]
     assert "failed" not in two
     assert two["times_as_fast"] == pytest.approx(min(one["median_s"], halves["median_s"]) / two["median_s"])
     text = report_text([one, halves, two], {})
-    assert "| `views56_x1_by2_tiny_s` | tiny | trained | 8 | 1 | 2 |" in text
-    assert "| `views56_x2_tiny_s` | tiny | trained | 8 | 2 | 2 |" in text
+    assert "| `views8_x1_by2_tiny_s` | tiny | trained | 8 | 1 | 2 |" in text
+    assert "| `views8_x2_tiny_s` | tiny | trained | 8 | 2 | 2 |" in text
     assert two["command"].startswith("torchrun --nproc-per-node 2 -m fvgen.cli bench views --quick")
 
 
@@ -53,7 +53,7 @@ class Liar(Workers):
 def test_other_bytes_are_a_failed_record() -> None:
     model = stored_model("tiny", find_model("tiny"))
     *_, last = measure_views(model, Liar(0, 2), 1, quick=True)
-    assert last["name"] == "views56_x2_tiny_s"
+    assert last["name"] == "views8_x2_tiny_s"
     assert not last["same_bytes"]
     assert "differ from those of one process" in last["failed"]
 

@@ -44,6 +44,15 @@ def test_a_figure_without_origin_is_refused(tmp_path, lost, capsys):
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_a_quick_run_replaces_no_figure(tmp_path, capsys):
+    before = run(tmp_path, [RECORD])
+    result = tmp_path / "quick.json"
+    result.write_text(json.dumps([{**RECORD, "median_ms": 0.1, "command": "fvgen bench raster --quick --json RESULT.json"}]))
+    assert main([str(result)]) == 2
+    assert "'raster_ms' is of a quick run" in capsys.readouterr().err
+    assert json.loads((tmp_path / "summary.json").read_text()) == before
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/summary.json")), ids=lambda p: p.parent.name)
 def test_the_recorded_summaries_are_complete(path):
     for name, entry in json.loads(path.read_text()).items():

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fvgen.utils.device import take_gpu
+from fvgen.utils.errors import UserError
 from fvgen.workers import Workers
 from tests.cli.conftest import Photos, Run
 from tests.processes import environment
@@ -62,3 +65,47 @@ def test_a_broken_launcher(fvgen: Run, scene: Photos, tmp_path: Path, monkeypatc
     status, _, err = fvgen("generate", *scene.photos[:2], "--output", tmp_path / "out")
     assert status == 2
     assert "do not fit" in err
+
+
+class Taken(Exception):
+    """The number of the GPU that a process makes its own."""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate {a} {b} --output {new}",
+        "prepare {new} --output {new}",
+        "distill --output {new}",
+        "bench views --quick",
+        "bench train --model tiny --quick",
+    ],
+    ids=lambda line: " ".join(line.split()[:2]).partition(" {")[0],
+)
+def test_the_first_touch_of_a_process_is_on_its_own_gpu(
+    line: str, fvgen: Run, scene: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise all processes of a machine would hold memory of the first one's GPU."""
+
+    def take(device: object) -> None:
+        raise Taken(device if isinstance(device, int) else torch.device(str(device)).index)
+
+    def touch() -> None:
+        raise AssertionError("CUDA begins before the process has a GPU of its own")
+
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touch)  # all that opens a context begins with it
+    words = line.format(a=scene.photos[0], b=scene.photos[1], new=tmp_path / "new").split()
+    with pytest.raises(Taken) as taken:
+        fvgen(*words, "--device", "auto")
+    assert taken.value.args == (1,)
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: there are 2; start fewer"):
+        take_gpu(2)

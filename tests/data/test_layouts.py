@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fvgen.data.clips import Rejected, clip_cameras, load_clip, read_depth
-from fvgen.data.layouts import Capture, find_captures, read_capture
+from fvgen.data.layouts import Capture, find_captures, locate, read_capture
 from fvgen.geometry.resize import scale_cameras
 from fvgen.utils.errors import UserError
 from tests.data.scenes import (
@@ -73,6 +73,20 @@ def test_all_layouts_in_one_tree(tmp_path: Path) -> None:
         ("b/two", "colmap"),
         ("train/x.y", "realestate10k"),
     ]
+    for name, layout in found:
+        assert locate(tmp_path, name, layout) in find_captures(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["transforms", "colmap"])
+def test_a_capture_itself_has_the_name_of_its_folder(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = WRITERS[layout](tmp_path / "room" / "one")
+    monkeypatch.chdir(folder / "images")
+    for asked in (folder, Path(".."), folder / "images" / ".."):
+        (found,) = find_captures(asked)
+        assert (found.name, found.layout) == ("one", layout)
+        assert locate(asked, found.name, layout) == found
+    for found in find_captures(tmp_path):
+        assert locate(tmp_path, found.name, layout) == found
 
 
 @pytest.mark.parametrize(("size", "folder"), [((40, 64), "images_2"), ((250, 400), "images_2"), ((300, 500), "images")])

@@ -144,6 +144,17 @@ def test_parts_make_the_same_bytes(prepared: Path, folder: Path, model: str, fvg
     assert "as they were written" in out
 
 
+def test_a_capture_itself(folder: Path, model: str, fvgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scene carries its name, wherever the command is given."""
+    command = ["--model", model, *OPTIONS, "--output"]
+    assert fvgen("prepare", folder / "b", *command, tmp_path / "far")[0] == 0
+    monkeypatch.chdir(folder / "b")
+    assert fvgen("prepare", ".", *command, tmp_path / "near")[0] == 0
+    found = ShardSet(tmp_path / "near")
+    assert {found.describe(i)["scene"] for i in range(len(found))} == {"b"}
+    assert contents(tmp_path / "near") == contents(tmp_path / "far")
+
+
 def test_shares_of_a_launcher(monkeypatch: pytest.MonkeyPatch, fvgen: Run, tmp_path: Path) -> None:
     from fvgen import envs
 

@@ -39,8 +39,8 @@ SETTINGS = TrainSettings(
     "tiny", batch=4, micro_batch=4, lr=1e-3, warmup=3, guidance=2.0, head=ClassifierConfig(width=8, layers=2, groups=4)
 )
 CADENCE = Cadence(log=2, checkpoint=2, keep=2, validate=0)
-# Forked from a process that has imported everything: real processes that start at once and can be killed. Imports ask for the number
-# of GPUs, and after that no fork can use one.
+# Forked from a process that has imported everything: real processes that start at once and can be killed. Imports count the GPUs,
+# and after that no fork can use one.
 SPAWN = get_context("spawn" if torch.cuda.is_available() else "forkserver")
 SPAWN.set_forkserver_preload(["tests.distill.small"])
 

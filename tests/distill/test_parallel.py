@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fvgen.distill import checkpoint
-from fvgen.distill import parallel as parallel_module
 from fvgen.distill.logs import LOSSES
+from fvgen.distill.optimiser import NetworkOptimiser
 from fvgen.distill.parallel import Parallel
 from fvgen.distill.settings import Cadence
 from fvgen.utils.errors import UserError
@@ -53,23 +53,38 @@ def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Pat
 
 
 def average_some_gradients() -> None:
-    """Gradients of many sizes in small messages; the mean over ranks 0 and 1 of ``g (1 + rank)`` is 1.5 g."""
-    parallel_module._BUCKET = 10
+    """Gradients of many sizes and strides; the mean over ranks 0 and 1 of ``g (1 + rank)`` is 1.5 g."""
     parallel = Parallel.start("cpu")
-    sizes = [(3,), (2, 4), (25,), (1,), (), (5, 2), (4,), (0,), (7,)]
+    sizes = [(3,), (2, 4), (25,), (1,), (), (5, 2), (4,), (0,), (70,)]
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    expected = [torch.arange(p.numel(), dtype=torch.float32).view_as(p) - 3 for p in parameters]
-    for p, e in zip(parameters, expected, strict=True):
-        p.grad = e * (1 + parallel.rank)
-    parallel.average_gradients([*parameters, nn.Parameter(torch.zeros(2))])  # the last has none
-    for p, e in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(p.grad, 1.5 * e, rtol=0, atol=0)
+    parameters.append(nn.Parameter(torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)))
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    optimiser = NetworkOptimiser(nn.ParameterList([*parameters, frozen]), SETTINGS, parallel)
+    expected = [torch.arange(p.numel(), dtype=torch.float32).view(p.shape) - 3 for p in parameters]
+    for _ in range(2):
+        optimiser.zero()
+        for p, e in zip(parameters, expected, strict=True):
+            (p * e * (1 + parallel.rank)).sum().backward()
+        norm = optimiser.step(0.0)
+        for p, e in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(p.grad, 1.5 * e, rtol=0, atol=0)
+            assert p.grad.stride() == p.stride()
+        torch.testing.assert_close(norm, torch.cat([1.5 * e.flatten() for e in expected]).norm())
+    assert frozen.grad is None
     assert parallel.mean(torch.tensor([2.0 + parallel.rank])).item() == 2.5
     parallel.stop()
 
 
-def test_gradients_travel_in_several_messages() -> None:
+def test_gradients_are_averaged_in_a_row() -> None:
     assert on_ranks(2, average_some_gradients) == [0, 0]
+
+
+def test_a_replaced_gradient_is_noticed() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimiser = NetworkOptimiser(nn.ParameterList([parameter]), SETTINGS, Parallel(0, 1, torch.device("cpu")))
+    parameter.grad = torch.ones(3)
+    with pytest.raises(AssertionError, match="replaced"):
+        optimiser.step(0.0)
 
 
 def test_a_checkpoint_moves_between_layouts(single: Path, tmp_path: Path) -> None:

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fvgen.cli import main
+from fvgen.data.shards import ShardWriter
 from fvgen.distill import checkpoint, run
 from fvgen.distill.guards import GuardLimits, Guards
 from fvgen.distill.logs import LOSSES, PROGRESS
+from fvgen.distill.parallel import Parallel
+from fvgen.distill.settings import TrainSettings
 from fvgen.models.bundle import ModelBundle
 from fvgen.pipeline import FVGenPipeline
 from fvgen.recipes.presets import get_preset
 from fvgen.sampling import ModelSampler
+from fvgen.utils.errors import UserError
 
 Run = Callable[..., tuple[int, str, str]]
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
@@ -195,6 +199,64 @@ def test_dry_run(fvgen: Run, tmp_path: Path) -> None:
     assert "DistributionMatching, 5000 iterations of 5 critic updates + 1" in out
 
 
+def write_clips(folder: Path, latents: tuple[int, ...], tokens: int) -> None:
+    """A finished set of one clip for the small teacher, but for the shape of its latents and its image tokens."""
+    folder.mkdir(parents=True)
+    (folder / "info.json").write_text("{}")
+    writer, frames = ShardWriter(folder, 1), latents[1]
+    clip = {"clean": torch.zeros(latents), "render": torch.zeros(latents), "image_tokens": torch.zeros(tokens, 32)}
+    clip |= {"fps": torch.tensor(7), "world_from_cam": torch.zeros(frames, 4, 4), "K": torch.zeros(frames, 3, 3)}
+    writer.write(0, [clip], {}, {})
+    writer.write_constants({"text_tokens": torch.zeros(77, 32), "uncond_context": torch.zeros(77 + tokens, 32)})
+    writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("latents", "tokens", "words"), [((8, 3, 4, 4), 48, "have clean latents"), ((8, 3, 4, 8), 16, "have a context")]
+)
+def test_clips_that_do_not_fit_leave_the_place_free(
+    fvgen: Run, teacher: Path, tmp_path: Path, latents: tuple[int, ...], tokens: int, words: str
+) -> None:
+    write_clips(tmp_path / "wrong", latents, tokens)
+    write_clips(tmp_path / "right", (8, 3, 4, 8), 48)
+    place = tmp_path / "runs" / "new"
+    quick = ("--iterations", 1, "--validate-every", 0, "--method", "no_stage_one")
+    status, _, err = fvgen(*command(teacher, place, *quick, "--data", tmp_path / "wrong"))
+    assert status == 2
+    assert words in err
+    assert not place.parent.exists()
+    status, _, err = fvgen(*command(teacher, place, *quick, "--data", tmp_path / "right"))
+    assert status == 0, err
+
+
+def test_forward_calls_that_cannot_be_dealt_out(teacher: Path, tmp_path: Path) -> None:
+    settings, four = TrainSettings("tiny", batch=4, micro_batch=2), Parallel(0, 4, torch.device("cpu"))
+    assert settings.calls(2) == 1
+    with pytest.raises(UserError, match="--micro-batch 1"):
+        run.distill(settings, run.RunOptions(tmp_path / "new", "teacher"), ModelBundle.from_pretrained(teacher), four)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--teacher", "nowhere"], "there is no model 'nowhere'"),
+        (["--teacher", "{empty}"], "is not a model directory"),
+        (["--recipe", "viewcrafter_512"], "is a tiny, not a viewcrafter_512; give --recipe or --teacher"),
+        (["--wandb"], "pip install wandb"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    fvgen: Run, teacher: Path, tmp_path: Path, options: list[str], words: str, dry: list[str]
+) -> None:
+    more = [option.format(empty=tmp_path) for option in options]
+    status, out, err = fvgen(*command(teacher, tmp_path / "run", *more, *dry))
+    assert (status, out) == (2, "")
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
 BAD = {
     "another run": ("holds a run with another", ["--lr", 0.5]),
     "no such stage": ("leave --stage out", ["--method", "dmd2", "--stage", 2]),
@@ -205,6 +267,7 @@ BAD = {
     "no clips": ("no prepared clips", ["--data", "{empty}", "--output", "{new}"]),
     "damaged record": ("cannot be read", ["--output", "{damaged}"]),
     "from": ("neither a training run", ["--from", "{empty}", "--output", "{new}"]),
+    "from another model": ("does not fit the model", ["--stage", 2, "--from", "{foreign}", "--output", "{new}"]),
     "shard": ("torchrun", ["--shard"]),
     "wandb": ("pip install wandb", ["--wandb"]),
     "method": ("invalid choice", ["--method", "dmd3"]),
@@ -220,9 +283,12 @@ def test_bad_input(case: str, fvgen: Run, teacher: Path, tmp_path: Path) -> None
         "empty": tmp_path / "empty",
         "thesis": tmp_path / "thesis",
         "damaged": tmp_path / "damaged",
+        "foreign": tmp_path / "foreign",
     }
-    for name in ("empty", "thesis", "run", "damaged"):
+    for name in ("empty", "thesis", "run", "damaged", "foreign"):
         (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / checkpoint.STATE).write_text(json.dumps({"trained": ["student"]}))
+    save_file({"of.another.network": torch.zeros(1)}, tmp_path / "foreign" / "student.safetensors")
     (tmp_path / "damaged" / "run.json").write_text("[]")
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     record = {"settings": {"lr": 5e-5}}

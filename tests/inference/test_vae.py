@@ -19,7 +19,6 @@ from fvgen.models.bundle import ModelBundle
 from fvgen.models.vae import make_vae
 from tests.models import reference
 
-UPSAMPLING = ("double", "phases", "transposed")
 SIZES = ((24, 40), (40, 24), (8, 8))  # odd multiples of the reduction factor
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -85,11 +84,10 @@ def test_encode(size: tuple[int, int], layers: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("upsampling", UPSAMPLING)
-def test_decode(size: tuple[int, int], layers: int, upsampling: str, dtype: torch.dtype) -> None:
+def test_decode(size: tuple[int, int], layers: int, dtype: torch.dtype) -> None:
     vae = make(layers_per_block=layers).to(dtype)
     latents = draw(3, 4, size[0] // 8, size[1] // 8, dtype=dtype)
-    found = PackedVAE(vae, dtype, fold_upsample=upsampling).decode(latents)
+    found = PackedVAE(vae, dtype).decode(latents)
     assert found.is_contiguous()
     assert found.shape == (3, 3, *size)
     assert error(found, decoded(vae, latents)) < BOUND[dtype]
@@ -104,11 +102,10 @@ def test_decode(size: tuple[int, int], layers: int, upsampling: str, dtype: torc
     ],
     ids=["two_levels", "one_level", "narrow"],
 )
-@pytest.mark.parametrize("upsampling", UPSAMPLING)
-def test_other_structures(given: dict[str, Any], upsampling: str) -> None:
+def test_other_structures(given: dict[str, Any]) -> None:
     vae = make(**given)
     pixels = draw(2, 3, 6, 10, dtype=torch.float32)
-    engine = PackedVAE(vae, torch.float32, fold_upsample=upsampling)
+    engine = PackedVAE(vae, torch.float32)
     expected = moments(vae, pixels)
     latents = expected[:, : vae.config.latent_channels]
     assert error(engine.encode(pixels), expected) < 1e-5
@@ -162,19 +159,17 @@ def test_runs_in_inference_mode_and_takes_any_layout() -> None:
     torch.testing.assert_close(engine.decode(latents), engine.decode(latents), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("upsampling", UPSAMPLING)
-def test_operators(upsampling: str) -> None:
-    """Nothing converts a layout: there are copies of the input and where the size changes, and no other ones."""
-    engine = PackedVAE(make(block_out_channels=(8, 16), layers_per_block=2), torch.float32, fold_upsample=upsampling)
-    ends = {"new_zeros": 1, "add": 1}
-    attention = {"addmm": 1, "bmm": 1, "_softmax": 1, "baddbmm_": 1}
-    resample, shortcut = {"add_": 1, "convolution": 1, "copy_": 3}, {"addmm_": 1}
+def test_operators() -> None:
+    """Nothing converts a layout or copies: what changes the size is padded in the pass that takes the sum."""
+    engine = PackedVAE(make(block_out_channels=(8, 16), layers_per_block=2), torch.float32)
+    attention = {"addmm": 1, "bmm": 1, "row_softmax": 1, "baddbmm_": 1}
+    resample, shortcut = {"padded_sum": 1, "convolution": 1}, {"addmm_": 1}
     pixels, latents = draw(2, 3, 12, 20, dtype=torch.float32), draw(2, 4, 6, 10, dtype=torch.float32)
 
-    common = Counter(ends) + Counter(attention) + Counter(resample) + Counter(shortcut)
-    blocks = Counter(convolution=2 * 6 + 2, group_norm_silu=2 * 6 + 2, copy_=1)
+    common = Counter(conv_from_image=1, conv_to_image=1) + Counter(attention) + Counter(resample) + Counter(shortcut)
+    blocks = Counter(convolution=2 * 6, group_norm_silu=2 * 6 + 2)
     assert Counter(operators(partial(engine.encode, pixels))) == common + blocks
-    blocks = Counter(convolution=2 * 8 + 2, group_norm_silu=2 * 8 + 2, copy_=1 + (upsampling == "phases"), fill_=1)
+    blocks = Counter(convolution=2 * 8, group_norm_silu=2 * 8 + 2, ones_like=1, cat=1)
     assert Counter(operators(partial(engine.decode, latents))) == common + blocks
 
 
@@ -214,17 +209,14 @@ def test_the_network_is_left_alone(dtype: torch.dtype) -> None:
 def test_what_is_not_covered_is_refused() -> None:
     from diffusers import AutoencoderKL
 
-    with pytest.raises(ValueError, match="fold_upsample"):
-        PackedVAE(make(), torch.float32, fold_upsample="cubic")  # type: ignore[arg-type]
     relu = AutoencoderKL(act_fn="relu", block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(ValueError, match="relu"):
         PackedVAE(relu, torch.float32)
 
 
-@pytest.mark.parametrize("upsampling", UPSAMPLING)
-def test_bundled_model(upsampling: str) -> None:
+def test_bundled_model() -> None:
     vae = ModelBundle.from_pretrained(Path(fvgen.__file__).parent / "assets" / "tiny").vae.double()
-    engine = PackedVAE(vae, torch.float64, fold_upsample=upsampling)
+    engine = PackedVAE(vae, torch.float64)
     pixels = draw(2, 3, 40, 56).tanh()
     expected = moments(vae, pixels)
     latents = expected[:, : vae.config.latent_channels]
@@ -244,14 +236,13 @@ def recorded(call: Callable[[], Tensor]) -> Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("upsampling", UPSAMPLING)
-def test_on_a_gpu(upsampling: str) -> None:
+def test_on_a_gpu() -> None:
     vae = make(block_out_channels=(32, 64, 64), norm_num_groups=8)
     pixels = draw(3, 3, 40, 56, dtype=torch.float32).tanh()
     expected = moments(vae, pixels)
     latents = expected[:, :4]
     image = decoded(vae, latents)
-    engine = PackedVAE(vae.cuda(), torch.bfloat16, fold_upsample=upsampling)
+    engine = PackedVAE(vae.cuda(), torch.bfloat16)
     for run, given, result in ((engine.encode, pixels, expected), (engine.decode, latents, image)):
         call = partial(run, given.cuda())
         found = call()
@@ -261,11 +252,10 @@ def test_on_a_gpu(upsampling: str) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("upsampling", UPSAMPLING)
-def test_reference(upsampling: str) -> None:
+def test_reference() -> None:
     from tests.models.reference_models import tiny_vae
 
-    engine = PackedVAE(tiny_vae(), torch.float32, fold_upsample=upsampling)
+    engine = PackedVAE(tiny_vae(), torch.float32)
     inputs, outputs = (reference.tensors("vae_tiny", prefix) for prefix in ("input.", "output."))
     tolerance = reference.tolerances("`vae_tiny`")[0]
     reference.assert_close(engine.encode(inputs["image"]), outputs["moments"], tolerance)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +18,7 @@ from fvgen.io.durable import (
     STALE_S,
     durable_file,
     is_partial,
+    partial_folder,
     remove_partial,
     remove_stale,
     whole_folder,
@@ -154,3 +158,50 @@ def test_what_a_killed_process_left_is_removed(event: int, expected: tuple[str, 
     contents = [tmp_path / name for name in ("file", "set/content", "other.partial-set/content")]
     assert tuple(p.read_text() for p in contents) == expected
     remove_partial(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("event", [1, 2], ids=["folder", "between its renames"])
+def test_a_folder_written_again_removes_what_a_killed_process_left(event: int, tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        if content == "new":
+            process = get_context("spawn").Process(target=_killed, args=(tmp_path, event + 1))
+            process.start()
+            process.join()
+            assert len(list(tmp_path.glob(".set.partial-*"))) == 1
+        with whole_folder(tmp_path / "set") as new:
+            new.mkdir()
+            (new / "content").write_text(content)
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "set"}
+    assert (tmp_path / "set" / "content").read_text() == "new"
+
+
+def test_a_folder_that_was_taken_for_a_dead_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may look between the making of a folder and its lock."""
+    path, really, made = tmp_path / "set", tempfile.mkdtemp, []
+    path.mkdir()
+
+    def make(**options: object) -> str:
+        made.append(folder := really(**options))
+        if len(made) == 1:
+            with partial_folder(path):  # at its end it looks
+                pass
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make)
+    with partial_folder(path) as folder:
+        assert len(made) == 3
+        assert not Path(made[0]).exists()
+        assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_removed_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    left = tmp_path / ".set.partial-0"
+    left.mkdir()
+    with whole_folder(tmp_path / "set") as new:
+        new.mkdir()
+    assert sorted(tmp_path.iterdir()) == [left, tmp_path / "set"]

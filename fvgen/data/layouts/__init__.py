@@ -14,14 +14,20 @@ from fvgen.data.layouts.transforms import transforms_capture
 from fvgen.io.colmap import is_colmap_model
 from fvgen.utils.errors import UserError
 
-__all__ = ["Capture", "Found", "Frame", "find_captures", "read_capture"]
+__all__ = ["Capture", "Found", "Frame", "find_captures", "locate", "read_capture"]
 
 _READERS = {"transforms": transforms_capture, "colmap": colmap_capture, "realestate10k": realestate_capture}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A capture that has not been read: ``name`` is its path below the searched folder, ``path`` the file or folder to read."""
+    """A capture that has not been read.
+
+    Attributes:
+        name: its path below the searched folder; the folder's own name where that is the capture.
+        layout: a key of the readers.
+        path: file or folder to read.
+    """
 
     name: str
     layout: str
@@ -50,6 +56,13 @@ def find_captures(folder: Path) -> list[Found]:
     return found
 
 
+def locate(folder: Path, name: str, layout: str) -> Found:
+    """What :func:`find_captures` found in ``folder`` under this name, without a search."""
+    if layout == "realestate10k":
+        return Found(name, layout, folder / f"{name}.txt")
+    return Found(name, layout, folder if _layout(folder) else folder / name)
+
+
 def read_capture(found: Found, size: tuple[int, int]) -> Capture:
     """The frames that are on disk with their cameras, in the order in which they were taken; no pixels are read.
 
@@ -68,12 +81,9 @@ def _walk(folder: Path, top: Path, visited: set[str]) -> Iterator[Found]:
     if real in visited:  # links that go round in circles
         return
     visited.add(real)
-    name = folder.relative_to(top).as_posix()
-    if (folder / "transforms.json").is_file():
-        yield Found(name, "transforms", folder)
-        return
-    if (folder / "images").is_dir() and any(is_colmap_model(folder / m) for m in MODEL_FOLDERS):
-        yield Found(name, "colmap", folder)
+    layout = _layout(folder)
+    if layout is not None:
+        yield Found(folder.resolve().name if folder == top else folder.relative_to(top).as_posix(), layout, folder)
         return
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     clips = [p for p in entries if p.suffix == ".txt" and is_realestate(p)]
@@ -83,3 +93,12 @@ def _walk(folder: Path, top: Path, visited: set[str]) -> Iterator[Found]:
     for entry in entries:
         if entry.is_dir() and entry not in images:
             yield from _walk(entry, top, visited)
+
+
+def _layout(folder: Path) -> str | None:
+    """Layout of the capture that a folder is itself."""
+    if (folder / "transforms.json").is_file():
+        return "transforms"
+    if (folder / "images").is_dir() and any(is_colmap_model(folder / m) for m in MODEL_FOLDERS):
+        return "colmap"
+    return None
