@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fvgen.io.digests import verify_sums, write_sums
 from fvgen.io.durable import whole_folder
+from fvgen.io.outputs import parent_folders
 from fvgen.utils.errors import UserError
 
 from . import difference, prompts
@@ -155,8 +156,7 @@ class ModelBundle:
         root = Path(directory)
         if root.exists() and not (root / INDEX_FILE).is_file() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(f"{root} is not a model directory and will not be overwritten; choose another place")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(root) as new:
+        with parent_folders(root), whole_folder(root) as new:
             self._write(new, dtype, card, progress or (lambda _share: None))
 
     def _write(self, root: Path, dtype: torch.dtype | None, card: str | None, progress: Callable[[float], None]) -> None:

@@ -5,7 +5,6 @@ A file is written tensor by tensor, so that casting needs the memory of one; the
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,7 +50,7 @@ def save_tensors(
         limit: most bytes of a file; None = ``MAX_SHARD``.
 
     Raises:
-        UserError: a weight is not finite, or does not fit into ``dtype``; the disk is full.
+        UserError: a weight is not finite, or does not fit into ``dtype``.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -82,18 +81,13 @@ def save_file(
         header[name] = {"dtype": kind, "shape": list(planned[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                value = stored(name, tensors[name], dtype)
-                stream.write(value.reshape(-1).view(torch.uint8).numpy())
-                if written is not None:
-                    written(value.nbytes)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full: writing {path.name} failed; free some space or choose another place") from None
-        raise
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            value = stored(name, tensors[name], dtype)
+            stream.write(value.reshape(-1).view(torch.uint8).numpy())
+            if written is not None:
+                written(value.nbytes)
 
 
 def stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:

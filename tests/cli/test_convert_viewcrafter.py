@@ -205,7 +205,7 @@ def test_signals_leave_nothing(
         return stored(name, *rest)
 
     monkeypatch.setattr("fvgen.models.tensor_files.stored", kill)
-    found, _, err = fvgen("convert", kind, source if kind == "viewcrafter" else checkpoint, "--output", tmp_path / "out")
+    found, _, err = fvgen("convert", kind, source if kind == "viewcrafter" else checkpoint, "--output", tmp_path / "new" / "out")
     assert (found, "nothing was left behind" in err) == (status, True)
     assert len(seen) == 3
     assert list(tmp_path.iterdir()) == []

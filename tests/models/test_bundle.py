@@ -80,8 +80,9 @@ def test_a_failed_write_leaves_the_old_model(bundle: ModelBundle, tmp_path: Path
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr("fvgen.models.tensor_files.stored", full)
-    with pytest.raises(UserError, match="the disk is full"):
-        bundle.save_pretrained(tmp_path / "model")
+    for place in (tmp_path / "model", tmp_path / "new" / "deep" / "model"):
+        with pytest.raises(UserError, match="the disk is full"):
+            bundle.save_pretrained(place)
     ModelBundle.from_pretrained(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -110,6 +111,12 @@ def test_wrong_weights_and_kinds(bundle: ModelBundle, tmp_path: Path) -> None:
         read_index(root)
     (root / "model_index.json").write_text(json.dumps({"kind": "fvgen"}))
     with pytest.raises(UserError, match="lacks preset"):
+        read_index(root)
+    (root / "model_index.json").write_text(json.dumps({"kind": "fvgen", **bundle.index.to_dict(), "height": "tall"}))
+    with pytest.raises(UserError, match="has 'tall' for height"):
+        read_index(root)
+    (root / "model_index.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid JSON"):
         read_index(root)
 
 

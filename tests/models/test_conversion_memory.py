@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import ROOT, environment
 from tests.reference_checkpoints import dust3r_state, viewcrafter_spec, viewcrafter_state, write_dust3r, write_viewcrafter
 
-ROOT = Path(__file__).parent.parent.parent
 BOUND = 1.3
 # The high-water mark of a process is its own, unlike ``ru_maxrss``, which begins with its parent's.
 CODE = """
 import re, sys
 import fvgen.recipes.presets as presets
 from fvgen.cli import main
+from tests.processes import ROOT, environment
 from tests.reference_checkpoints import viewcrafter_spec
 
 size, *command = sys.argv[1:]
@@ -39,9 +39,8 @@ def write(path: Path, kind: str, size: str, dtype: torch.dtype) -> None:
 
 def peak(size: str, *command: object) -> int:
     """Bytes of the most that was resident while a command ran."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", CODE, size, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), check=False)
     assert done.returncode == 0, done.stderr
     return 1024 * int(done.stdout.split()[-1])
 
