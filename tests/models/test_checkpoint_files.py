@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fvgen.diffusion.convert import convert_checkpoint
 from fvgen.diffusion.schedule import check_buffers
 from fvgen.models.checkpoint import convert_reference, read_reference_checkpoint
-from fvgen.models.dust3r import convert_dust3r, load_dust3r, read_dust3r_checkpoint
+from fvgen.models.dust3r import convert_dust3r, load_dust3r, read_dust3r, read_dust3r_checkpoint
 from fvgen.models.dust3r.checkpoint import network_arguments
 from fvgen.models.key_map import SCHEDULE_BUFFERS
 from fvgen.models.weights_file import checked_sha256
@@ -219,6 +219,7 @@ def test_dust3r_keys_are_exact() -> None:
         "AsymmetricCroCo3DStereo(enc_depth='many')",
         "AsymmetricCroCo3DStereo(enc_depth=-1)",
         "AsymmetricCroCo3DStereo(enc_depth=True)",
+        "AsymmetricCroCo3DStereo(enc_depth=60000)",
         "AsymmetricCroCo3DStereo(enc_embed_dim=10**30)",
         "AsymmetricCroCo3DStereo(enc_embed_dim=1000000000000)",
         "AsymmetricCroCo3DStereo(mlp_ratio=inf)",
@@ -266,5 +267,7 @@ def test_damaged_bytes_are_found_by_the_files_own_checksums(tmp_path: Path, kind
         stream.seek(-1, 1)
         stream.write(bytes([byte[0] ^ 1]))
     READERS[kind](path)
+    if kind == "dust3r":
+        assert "is damaged at" in refused(lambda file: read_dust3r(file, verify=True), path)
     assert "is damaged at" in refused(checked_sha256, path)
     assert "download it again" in refused(checked_sha256, path)

@@ -28,7 +28,7 @@ _SIZES = {
     "dec_num_heads": "decoder_heads",
     "mlp_ratio": "mlp_ratio",
 }
-_LARGEST = 2**16  # of any size
+_LARGEST, _DEEPEST = 2**16, 256  # of any size, and of a number of layers
 _ROPE = re.compile(r"RoPE[1-9]\d{0,8}", re.ASCII)
 _CLASS = "AsymmetricCroCo3DStereo"
 _INF = float("inf")
@@ -70,6 +70,12 @@ def _is_ratio(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 < value <= _LARGEST
 
 
+def _fits(name: str, value: Any) -> bool:
+    if name == "mlp_ratio":
+        return _is_ratio(value)
+    return _is_size(value) and (value <= _DEEPEST or not name.endswith("depth"))
+
+
 def network_arguments(constructor: Any) -> dict[str, Any]:
     """Arguments of ``Dust3rNetwork`` for the constructor call in a checkpoint's ``args.model``, which is read, not run.
 
@@ -88,7 +94,7 @@ def network_arguments(constructor: Any) -> dict[str, Any]:
         raise UserError(f"the checkpoint describes its model as {said!r}; only {_CLASS}(...) is supported") from None
     ours: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _SIZES and (_is_ratio if name == "mlp_ratio" else _is_size)(value):
+        if name in _SIZES and _fits(name, value):
             ours[_SIZES[name]] = value
         elif name == "img_size" and _sides(value):
             ours["image_size"] = max(_sides(value))

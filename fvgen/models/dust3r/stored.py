@@ -20,6 +20,7 @@ from torch import Tensor
 from fvgen.io.digests import verify_sums, write_sums
 from fvgen.models.card import model_card
 from fvgen.models.tensor_files import load_tensors, save_tensors, weight_files
+from fvgen.models.weights_file import checked_sha256
 from fvgen.utils.errors import UserError
 
 from .checkpoint import load_dust3r
@@ -77,7 +78,9 @@ def write_dust3r(
     report = {"kind": KIND, **facts}
     (root / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     source = facts.get("source", {})
-    card = model_card("dust3r", source.get("name", ""), source.get("sha256", ""), "512 with DPT head", dtype)
+    card = model_card(
+        "dust3r", source.get("name", ""), source.get("sha256", ""), f"{network.config['image_size']} with DPT head", dtype
+    )
     (root / CARD_FILE).write_text(card, encoding="utf-8")
     write_sums(root, written)
 
@@ -87,7 +90,7 @@ def read_dust3r(path: str | os.PathLike[str], verify: bool = False) -> Dust3rNet
 
     Args:
         path: of either.
-        verify: compare a directory's files with their checksums first.
+        verify: compare a directory's files with their checksums first, or a checkpoint's tensors with those in the file.
 
     Raises:
         UserError: there is neither, or it is damaged.
@@ -96,6 +99,8 @@ def read_dust3r(path: str | os.PathLike[str], verify: bool = False) -> Dust3rNet
 
     root = Path(path)
     if root.is_file():
+        if verify:
+            checked_sha256(root)
         return load_dust3r(root)
     missing = [name for name in network_files(root) if not (root / name).is_file()]
     if missing:
