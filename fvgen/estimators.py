@@ -25,6 +25,7 @@ class Estimator(Protocol):
 
     Attributes:
         fewest: photos it needs.
+        mixed: whether photos may differ in size while their cameras are estimated; without it they may not.
     """
 
     fewest: int
@@ -36,7 +37,7 @@ class Estimator(Protocol):
 class ClassicalEstimator:
     """Features, bundle adjustment and stereo: :func:`fvgen.geometry.estimate_scene`."""
 
-    fewest = 2
+    fewest, mixed = 2, False
 
     def __call__(self, images: ImageSet, cameras: Cameras | None = None, *, progress: Progress | None = None) -> Scene:
         return estimate_scene(images, cameras, progress=progress)
@@ -57,7 +58,7 @@ class Dust3rEstimator:
         UserError: the directory holds no network, or a damaged one.
     """
 
-    fewest = 1
+    fewest, mixed = 1, True
 
     def __init__(
         self,

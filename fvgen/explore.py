@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fvgen.geometry.resize import fit
 from fvgen.geometry.trajectory import ELEVATED, Trajectory, parse_trajectory
-from fvgen.io import read_images
-from fvgen.pipeline import FVGenPipeline, Photos, Result
+from fvgen.pipeline import FVGenPipeline, Photos, Result, photo_set
 from fvgen.types import Cameras, ImageSet, RenderClip, VideoClip
 from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Progress
@@ -36,7 +35,7 @@ def explore(
 
     Args:
         pipeline: with an estimator that needs one photo only, such as DUSt3R.
-        photo: one.
+        photo: one, or the path of its file.
         paths: camera paths that start at one photo: orbit, spiral, dolly, target, txt, or nbv, which looks for the least known
             view. Their ``photo`` is set here.
         origin: "latest": each clip starts where the one before ended; "photo": all start at the photo.
@@ -112,12 +111,7 @@ def joined(results: Sequence[Result], origin: str = "latest") -> Result:
 
 
 def _one(photo: Photos) -> ImageSet:
-    if isinstance(photo, ImageSet):
-        images = photo
-    elif isinstance(photo, Tensor):
-        images = ImageSet(photo)
-    else:
-        images = read_images(list(photo))
+    images = photo_set(photo)
     if len(images) != 1:
         raise UserError(f"going on from one photo takes one photo, not {len(images)}; leave the others out")
     return replace(images, names=images.names or ("photo",))

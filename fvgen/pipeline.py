@@ -16,6 +16,7 @@ from torch import Tensor
 from fvgen.diffusion.noise import NoiseSource
 from fvgen.estimators import ClassicalEstimator, Estimator, make_estimator
 from fvgen.geometry.coincide import coincident_photos
+from fvgen.geometry.mixed import read_mixed_images
 from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
 from fvgen.geometry.trajectory import Trajectory, next_view_targets, parse_trajectory, target_cameras
 from fvgen.io import read_cameras, read_images
@@ -27,7 +28,7 @@ from fvgen.utils.errors import UserError
 from fvgen.utils.stopwatch import Progress, Stopwatch
 from fvgen.workers import Workers
 
-Photos = ImageSet | Tensor | Sequence[str | os.PathLike[str]]
+Photos = ImageSet | Tensor | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("tiny", "tiny_teacher")}
 MAX_FRAMES = 64  # generated together
 BATCH_PIXELS = 4 * 16 * 320 * 512  # of all clips generated together: more at once is hardly faster and takes more memory
@@ -95,7 +96,8 @@ def prepare(
 
     Args:
         images: two or more overlapping photos in the order in which neighbours overlap: paths, ``[V, 3, H, W]`` in [0, 1],
-            or an ``ImageSet``. One suffices for DUSt3R.
+            or an ``ImageSet``. One suffices for DUSt3R, and then its path. With DUSt3R and without ``cameras`` files may differ
+            in size; the clip has the frame of the first.
         cameras: their cameras (at the photos' size), or a ``transforms.json`` or COLMAP model to read them from; estimated
             if None.
         trajectory: see ``fvgen generate --help``; "smooth" passes through all photos.
@@ -116,13 +118,13 @@ def prepare(
     options: dict[str, Any] = {"compositor": compositor, "radius": radius, "points_per_pixel": points_per_pixel}
     watch = Stopwatch(torch.device(device), progress)
     with watch.stage("read"):
-        photos = _photos(images)
+        photos = photo_set(images, cameras is None and getattr(estimator, "mixed", False))
         known = read_cameras(cameras, photos.names) if isinstance(cameras, str | os.PathLike) else cameras
     with watch.stage("geometry") as report:
         scene = (estimator or ClassicalEstimator())(photos, known, progress=report)
     with watch.stage("path"):
-        clip_size = nearest_aspect(size, photos.size) if isinstance(size, list) else size or scene.images.size
-        full_size = replace(scene, cameras=scale_cameras(scene.cameras, photos.size))
+        clip_size = nearest_aspect(size, photos.size) if isinstance(size, list) else size or scene.photo_cameras.image_size
+        full_size = replace(scene, cameras=scale_cameras(scene.photo_cameras, photos.size))
         if parsed.name == "nbv":
             parsed = _next_view(full_size, parsed, clip_size, torch.device(device), options)
         path = target_cameras(full_size, parsed, num_frames)
@@ -236,7 +238,7 @@ class FVGenPipeline:
 
     def clip_size(self, images: Photos) -> tuple[int, int]:
         """(H, W) of the clip the model makes of these photos: portrait for portrait photos where the model knows that."""
-        return nearest_aspect(self.bundle.index.sizes(), _photos(images).size)
+        return nearest_aspect(self.bundle.index.sizes(), photo_set(images, getattr(self.estimator, "mixed", False)).size)
 
     def __call__(
         self,
@@ -389,9 +391,18 @@ def nearest_aspect(sizes: Sequence[tuple[int, int]], of: tuple[int, int]) -> tup
     return min(sizes, key=lambda s: abs(math.log(s[0] / s[1] * of[1] / of[0])))
 
 
-def _photos(images: Photos) -> ImageSet:
+def photo_set(images: Photos, mixed: bool = False) -> ImageSet:
+    """Photos from files; one name is one photo. Those in memory as they are.
+
+    Args:
+        mixed: sizes and orientations may differ, see :func:`fvgen.geometry.mixed.in_first_frame`.
+
+    Raises:
+        UserError: a file is no photo, or the sizes differ where they may not.
+    """
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, Tensor):
         return ImageSet(images)
-    return read_images(list(images))
+    paths = [images] if isinstance(images, str | os.PathLike) else list(images)
+    return read_mixed_images(paths) if mixed else read_images(paths)

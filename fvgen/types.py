@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Photographs of one size.
+    """Photographs of one size, or cut to that of the first.
 
     Attributes:
         rgb: ``[V, 3, H, W]`` float32 in [0, 1].
         names: one name per photo, usually the file path.
         focal_px: EXIF focal length per photo in pixels of ``rgb``, or None where the file does not tell.
+        whole: where the photos differ in size, all of them uncut, ``[3, h, w]`` each; ``rgb`` is what
+            :func:`fvgen.geometry.resize.fit` cuts from them. Else empty.
     """
 
     rgb: Tensor
     names: tuple[str, ...] = ()
     focal_px: tuple[float | None, ...] = ()
+    whole: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rgb.ndim != 4 or self.rgb.shape[1] != 3:
@@ -90,11 +93,13 @@ class Scene:
     """Photographs with cameras and a 3-D point per pixel.
 
     Attributes:
-        images: the photos that the point maps belong to, ``[V, 3, H, W]``.
+        images: the photos that the point maps belong to, ``[V, 3, H, W]``; of several sizes, each in the middle, black around it.
         cameras: their cameras at the same (H, W).
         points: ``[V, H, W, 3]`` float32, world units; undefined where ``confidence`` is 0.
         confidence: ``[V, H, W]`` float32, 0 = no point.
         quality: figures about the estimate.
+        frames: where the photos differ in size, the cameras of the photos cut to the frame of the first (``ImageSet.rgb``), at
+            the size of the first among ``images``. Else None: those are ``cameras``.
     """
 
     images: ImageSet
@@ -102,6 +107,12 @@ class Scene:
     points: Tensor
     confidence: Tensor
     quality: GeometryQuality = field(default_factory=lambda: GeometryQuality("unknown"))
+    frames: Cameras | None = None
+
+    @property
+    def photo_cameras(self) -> Cameras:
+        """Cameras of the photos as they are shown, all in the frame of the first."""
+        return self.cameras if self.frames is None else self.frames
 
     def cloud(self, min_confidence: float = 0.0, views: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Coloured cloud ``(points [P, 3], rgb [P, 3])`` of every pixel whose confidence exceeds ``min_confidence``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,27 +64,32 @@ class KnowingNetwork:
     """In the place of a network: exact point maps of a scene, whatever the images show; each pair has a unit of its own.
 
     Args:
-        cameras: of the photos at the network's image size.
-        depth: ``[V, H, W]`` z.
+        cameras: of the photos at the network's image size; a list of one each where the sizes differ.
+        depth: ``[V, H, W]`` z, or a list.
         side: long side of the images.
     """
 
-    def __init__(self, cameras: Cameras, depth: Tensor, side: int) -> None:
+    def __init__(self, cameras: Cameras | Sequence[Cameras], depth: Tensor | Sequence[Tensor], side: int) -> None:
         self.config, self.device, self.dtype = {"image_size": side}, torch.device("cpu"), torch.float32
-        poses, K = cameras.world_from_cam.double(), cameras.K.double()
-        self._poses = poses
-        self._points = [unproject(*each) for each in zip(depth.double(), K, poses, strict=True)]
-        self._size, self.seen = tuple(depth.shape[1:]), 0
+        each = [cameras[n : n + 1] for n in range(len(cameras))] if isinstance(cameras, Cameras) else cameras
+        self._poses = [c.world_from_cam[0].double() for c in each]
+        K = [c.K[0].double() for c in each]
+        self._points = [unproject(d.double(), k, pose) for d, k, pose in zip(depth, K, self._poses, strict=True)]
+        self._unseen, self.seen = [(n, tuple(d.shape)) for n, d in enumerate(depth)], 0
 
     def encode(self, image: Tensor) -> Any:
-        assert tuple(image.shape) == (1, 3, *self._size)
+        """Images of one size come in the order of the photos."""
+        size = tuple(image.shape[2:])
+        found = next(each for each in self._unseen if each[1] == size)
+        self._unseen.remove(found)
         self.seen += 1
-        return SimpleNamespace(index=self.seen - 1)
+        return SimpleNamespace(index=found[0], size=size)
 
     def decode(self, first: Any, second: Any) -> tuple[PointMap, PointMap]:
         unit = 1 + 0.25 * first.index + 0.1 * second.index
         back = invert_rigid(self._poses[first.index])
-        sure = torch.full((1, *self._size), 9.0 + first.index)
-        both = (first.index, second.index)
-        maps = [PointMap((unit * transform(back, self._points[n])).float()[None], sure) for n in both]
+        maps = []
+        for each in (first, second):
+            sure = torch.full((1, *each.size), 9.0 + first.index)
+            maps.append(PointMap((unit * transform(back, self._points[each.index])).float()[None], sure))
         return maps[0], maps[1]

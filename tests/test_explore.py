@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fvgen.explore import explore, joined, kept_frames
 from fvgen.geometry import viewcrafter_paths as vc
@@ -65,6 +67,17 @@ def bundle() -> ModelBundle:
 
 PHOTO = torch.rand(1, 3, 100, 160, generator=torch.Generator().manual_seed(0))
 PATHS = ["orbit:deg=6", "orbit:deg=4", "orbit:deg=4"]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_name_of_a_file_is_one_photo(bundle: ModelBundle, tmp_path: Path, kind: type) -> None:
+    geometry, file = Plane(PATHS[:1]), tmp_path / "one.png"
+    Image.fromarray((PHOTO[0].permute(1, 2, 0) * 255).byte().numpy()).save(file)
+    pipe = FVGenPipeline(bundle, estimator=geometry)
+    explore(pipe, kind(file), PATHS[:1], num_frames=FRAMES, steps=1)
+    assert geometry.seen[0].names == (str(file),)
+    assert prepare(kind(file), None, "orbit:deg=6", FRAMES, estimator=Plane([])).scene.images.names == (str(file),)
+    assert pipe.clip_size(kind(file)) == SIZE
 
 
 def test_frames_that_become_photos() -> None:

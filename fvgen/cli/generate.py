@@ -8,16 +8,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, true_frames
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, takes_mixed, true_frames
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
 from fvgen.cli.report import directory_sha256
 from fvgen.explore import explore, joined
 from fvgen.geometry.trajectory import parse_trajectory
-from fvgen.io import read_images
 from fvgen.models.bundle import read_index
 from fvgen.models.prompts import check_prompt
-from fvgen.pipeline import FVGenPipeline, Photos, Prepared, find_model, nearest_aspect
+from fvgen.pipeline import FVGenPipeline, Photos, Prepared, find_model, nearest_aspect, photo_set
 from fvgen.sampling import choose_sampling
 from fvgen.utils.device import choose_device
 from fvgen.utils.errors import UserError
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dict[str, Any] | None:
     """Generates and writes; returns the report, in the first of the processes ``among`` which it works."""
     among = among or Workers(device=choose_device(arguments.device))
-    photo_sizes, model, truth = among.share(lambda: _check(arguments, among.world))
+    photo_sizes, model, truth, weights = among.share(lambda: _check(arguments, among.world))
     index = read_index(model)
     arguments.sampler, arguments.steps = choose_sampling(index, arguments.sampler, arguments.steps)  # for the report, too
     with Stages() if among.main else nullcontext() as stages:
@@ -58,7 +57,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.prompt,
                 arguments.tokenizer,
             )
-            photos: Photos = read_images(arguments.photos) if among.main else []
+            photos: Photos = photo_set(arguments.photos, takes_mixed(arguments)) if among.main else []
         how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}
         if arguments.then:
             arguments.then_from = arguments.then_from or "latest"
@@ -75,7 +74,7 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
         facts: dict[str, Any] = {
             "model": {"name": str(arguments.model), "preset": index.preset, "sha256": directory_sha256(model)},
             "fast": arguments.fast,
-            **geometry_facts(arguments),
+            **weights,
             "sizes": sizes(photo_sizes, prepared),
         }
         report = write_outputs(arguments, prepared, result.video.rgb, truth, facts, watch)
@@ -83,8 +82,8 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
     return report
 
 
-def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, int]], Path, list[Path] | None]:
-    """Sizes of the photos, the model's directory, the true frames."""
+def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, int]], Path, list[Path] | None, dict[str, str]]:
+    """Sizes of the photos, the model's directory, the true frames, what the report says about the geometry's weights."""
     photo_sizes = check_photos(arguments)
     frames = count_frames(arguments)
     if arguments.then:
@@ -99,7 +98,7 @@ def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, i
         raise UserError(f"--fast shortens the few-step sampler, not the {sampler}'s; leave it out or add --sampler few_step")
     truth = true_frames(arguments, frames)
     check_resources(arguments, photo_sizes, frames, nearest_aspect(index.sizes(), photo_sizes[0]))
-    return photo_sizes, model, truth
+    return photo_sizes, model, truth, geometry_facts(arguments)
 
 
 def _check_then(arguments: argparse.Namespace, world: int) -> None:

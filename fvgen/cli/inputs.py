@@ -35,6 +35,11 @@ def check_photos(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     return sizes
 
 
+def takes_mixed(arguments: argparse.Namespace) -> bool:
+    """Whether the photos may differ in size and orientation."""
+    return not arguments.cameras and wants_dust3r(arguments.geometry, arguments.dust3r_weights)
+
+
 def count_frames(arguments: argparse.Namespace) -> int:
     """How many frames the clip will have."""
     trajectory = parse_trajectory(arguments.trajectory)
@@ -89,13 +94,21 @@ def check_resources(arguments: argparse.Namespace, photos: Sequence[tuple[int, i
 
 
 def geometry_facts(arguments: argparse.Namespace) -> dict[str, str]:
-    """What the report says about the weights of the geometry; nothing without any."""
+    """What the report says about the weights of the geometry; nothing without any.
+
+    Raises:
+        UserError: their directory has no report of its own.
+    """
     weights = arguments.dust3r_weights
     if weights is None:
         return {}
     from fvgen.io.digests import SUMS_FILE, file_sha256
-    from fvgen.models.tensor_files import WEIGHTS_FILE
+    from fvgen.models.dust3r.stored import read_report
 
-    places = [Path(weights), Path(weights) / SUMS_FILE, Path(weights) / WEIGHTS_FILE]
-    file = next((place for place in places if place.is_file()), None)
-    return {} if file is None else {"geometry_weights_sha256": file_sha256(file)}
+    file = Path(weights)
+    if not file.is_file():
+        read_report(weights)
+        file /= SUMS_FILE  # the list names every file's digest, so that its own stands for all
+    if not file.is_file():
+        raise UserError(f"{weights} is no directory written by `fvgen convert dust3r`; convert the checkpoint again")
+    return {"geometry_weights_sha256": file_sha256(file)}

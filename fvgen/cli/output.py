@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fvgen.cli.report import write_report
 from fvgen.evaluation.clip import compare, frames_to_score, nearer_photo
-from fvgen.geometry.resize import fit, fit_cameras, scale_cameras
+from fvgen.geometry.resize import fit, fit_cameras
 from fvgen.io import read_images, write_ply, write_transforms
 from fvgen.io.contact_sheet import write_contact_sheet
 from fvgen.io.outputs import output_directory
@@ -45,7 +45,7 @@ def write_outputs(
     clips = {name: clip for name, clip in shown.items() if clip is not None}
     if truth is not None:
         # the nearest camera, not the nearest frame: a path need not lead through the photos
-        photo_cameras = fit_cameras(scale_cameras(scene.cameras, scene.images.size), size)
+        photo_cameras = fit_cameras(scene.photo_cameras, size)
         copies = prepared.photos[nearer_photo(renders.cameras, photo_cameras)]
         scored = frames_to_score(len(renders.rgb), prepared.photo_frames)
         facts = {**facts, "psnr_db": compare({**clips, "nearer_photo": copies}, truth, renders.coverage, scored)}

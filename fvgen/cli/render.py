@@ -7,12 +7,11 @@ import argparse
 import torch
 
 from fvgen.cli.generate import sizes, warn
-from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, true_frames
+from fvgen.cli.inputs import check_photos, check_resources, count_frames, geometry_facts, takes_mixed, true_frames
 from fvgen.cli.output import tell, write_outputs
 from fvgen.cli.progress import Stages
 from fvgen.estimators import make_estimator
-from fvgen.io import read_images
-from fvgen.pipeline import prepare
+from fvgen.pipeline import photo_set, prepare
 from fvgen.utils.device import choose_device
 from fvgen.utils.stopwatch import Stopwatch
 
@@ -24,10 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     truth = true_frames(arguments, frames)
     check_resources(arguments, photo_sizes, frames, arguments.size or (448, 448))
+    weights = geometry_facts(arguments)
     with Stages() as stages:
         watch = Stopwatch(torch.device(device), stages)
         with watch.stage("load"):
-            photos = read_images(arguments.photos)
+            photos = photo_set(arguments.photos, takes_mixed(arguments))
             estimator = make_estimator(
                 arguments.geometry, arguments.dust3r_weights, device, min_confidence=arguments.min_confidence
             )
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
             points_per_pixel=arguments.points_per_pixel,
         )
         watch.timings.update(prepared.timings)
-        facts = {"sizes": sizes(photo_sizes, prepared), **geometry_facts(arguments)}
+        facts = {"sizes": sizes(photo_sizes, prepared), **weights}
         report = write_outputs(arguments, prepared, None, truth, facts, watch)
     warn(report)
     tell(arguments, report)

@@ -72,6 +72,8 @@ def estimate_scene(
         raise UserError(f"unknown geometry method {method!r}; known methods: {', '.join(METHODS)}")
     if len(images) < 2:
         raise UserError("geometry needs at least two overlapping photos; add a photo taken from another place")
+    if images.whole:
+        raise UserError("the photos differ in size; bring all photos to one size and orientation, or use DUSt3R")
     if cameras is not None and (len(cameras) != len(images) or tuple(cameras.image_size) != images.size):
         raise UserError("the cameras do not fit the photos in number or image size; give one camera per photo")
     sharp, _ = limit_long_side(images, None, max(MATCH_LONG_SIDE, long_side))

@@ -49,7 +49,7 @@ def read_images(paths: Sequence[str | PathLike[str]], *, max_side: int | None = 
         if size != sizes[0]:
             raise UserError(
                 f"the photos differ in size: {paths[0]} is {sizes[0][0]}x{sizes[0][1]} and {path} is {size[0]}x{size[1]}; "
-                "bring all photos to one size and orientation"
+                "bring all photos to one size and orientation (only DUSt3R without --cameras takes several)"
             )
     stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float().div_(255.0).contiguous()
     return ImageSet(rgb=stacked, names=tuple(str(p) for p in paths), focal_px=tuple(focals))

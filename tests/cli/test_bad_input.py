@@ -142,6 +142,33 @@ def test_bad_model(fvgen: Run, scene: Photos, model: str, tmp_path: Path, damage
     _refused(fvgen("generate", *scene.photos[:2], "--model", root, "--output", tmp_path / "out"), words, tmp_path, before)
 
 
+@pytest.mark.parametrize("damage", ["report.json", "SHA256SUMS"])
+@pytest.mark.parametrize("command", ["generate", "render"])
+def test_dust3r_directory_without_its_report(
+    fvgen: Run,
+    scene: Photos,
+    model: str,
+    converted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    damage: str,
+) -> None:
+    """What the report of a run says about the weights is found out before the work, not after it."""
+    root = tmp_path / "dust3r"
+    shutil.copytree(converted, root)
+    (root / damage).unlink()
+    before = {str(p) for p in tmp_path.rglob("*")}
+
+    def work(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("photos are read before the weights were checked")
+
+    monkeypatch.setattr(f"fvgen.cli.{command}.photo_set", work)
+    extra = ["--model", model] if command == "generate" else []
+    result = fvgen(command, *scene.photos[:2], "--dust3r-weights", root, *extra, "--output", tmp_path / "out")
+    _refused(result, "no directory written by `fvgen convert dust3r`", tmp_path, before)
+
+
 def test_no_gpu(fvgen: Run, scene: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for command in ("generate", "render"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fvgen.models.dust3r import read_dust3r
@@ -160,6 +161,22 @@ def test_render_with_dust3r(fvgen: Run, scene: Photos, checkpoint: Path, report:
     assert status == 0, err
     assert report(tmp_path / "none")["geometry"]["coverage"] == [0.0]
     assert "only 0% of photo 1 has points" in err
+
+
+def test_photos_of_several_sizes(fvgen: Run, scene: Photos, checkpoint: Path, report: Report, tmp_path: Path) -> None:
+    """Three, whose poses need no sure points. The clip has the frame of the first."""
+    files = [scene.photos[0], str(tmp_path / "portrait.png"), str(tmp_path / "small.png")]
+    photo = Image.open(scene.photos[1])
+    photo.crop((50, 0, 142, 120)).save(files[1])
+    photo.resize((96, 60)).save(files[2])
+    command = ["render", *files, "--frames", 2, "--size", "64x40", "--dust3r-weights", checkpoint]
+    status, _, err = fvgen(*command, "--output", tmp_path / "out")
+    assert status == 0, err
+    told = report(tmp_path / "out")
+    assert told["frames"] == 3
+    assert told["sizes"] == {"photos": [192, 120], "geometry": [64, 64], "clip": [64, 40]}
+    status, _, err = fvgen(*command, "--cameras", scene.cameras, "--output", tmp_path / "bad")
+    assert (status, "bring all photos to one size and orientation" in err) == (2, True)
 
 
 def test_refused(fvgen: Run, scene: Photos, checkpoint: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fvgen.geometry.conventions import invert_rigid, rigid
-from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pose_code, pose_matrix
+from fvgen.geometry.dust3r.alignment import AlignmentState, Objective, optimise, pose_code, pose_matrix, scene_of_state
 from fvgen.geometry.dust3r.clean import cleaned_confidence
 from fvgen.geometry.dust3r.pairs import PairPrediction, complete_pairs, float32_products
 from fvgen.geometry.dust3r.pinhole import intrinsics, transform, unproject
@@ -101,6 +101,74 @@ def test_a_photo_that_is_first_in_no_pair() -> None:
     world = pose_matrix(state.poses).double()
     angle = so3_angle_deg((invert_rigid(world[1]) @ world[0])[:3, :3], (invert_rigid(poses[1]) @ poses[0])[:3, :3])
     assert angle < 1.0
+
+
+def _relative(found: torch.Tensor, poses: torch.Tensor) -> None:
+    """Both from photo 0, lengths up to one factor."""
+    actual, expected = invert_rigid(found[0]) @ found, invert_rigid(poses[0]) @ poses
+    expected[:, :3, 3] *= actual[1, :3, 3].norm() / expected[1, :3, 3].norm()
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-4)
+
+
+def test_a_pair_that_joins_nothing_yet_waits() -> None:
+    """The second best pair has no photo with the best one in common: it is attached after the third, which joins both."""
+    generator = torch.Generator().manual_seed(0)
+    poses = torch.cat([_world()[0], rigid(so3_exp(torch.tensor([[0.0, -0.3, 0.1]]).double()), torch.tensor([[0.3, 0.4, -0.2]]))])
+    depths = 3 + torch.rand(4, *SIZE, generator=generator, dtype=torch.float64)
+    points = [unproject(d, intrinsics(FOCAL, SIZE), pose) for d, pose in zip(depths, poses, strict=True)]
+    best, predictions = {(0, 1): 9.0, (2, 3): 7.0, (1, 2): 5.0}, []
+    for i, j in complete_pairs(4):
+        sure = torch.full(SIZE, best.get((i, j), 4.0))
+        in_first = [((1 + 0.1 * i) * transform(invert_rigid(poses[i]), points[n])).float() for n in (i, j)]
+        predictions.append(PairPrediction(i, j, in_first[0], sure, in_first[1], sure))
+    assert [(p.first, p.second) for p in spanning_tree(predictions, 4)] == list(best)
+    state = initial_state(predictions, 4)
+    _relative(pose_matrix(state.poses).double(), poses)
+    torch.testing.assert_close((state.focals / 20).exp(), torch.full((4,), FOCAL), rtol=1e-5, atol=0.0)
+
+
+def test_points_at_or_behind_the_camera_start_at_depth_one() -> None:
+    predictions = _predictions()
+    best = predictions[-1].points_first  # in the frame of photo 1, which is the world
+    best[3, 4, 2], best[5, 6, 2] = 0.0, -1.0
+    depths = initial_state(predictions, 3).depths
+    assert depths[1, 3, 4] == depths[1, 5, 6] == 0
+    assert depths.isfinite().all()
+    assert int((depths == 0).sum()) == 2
+
+
+@pytest.mark.parametrize(("confidence", "found"), [(2.9, False), (3.1, True)])
+def test_a_photo_of_which_nothing_is_sure_starts_in_the_world_frame(confidence: float, found: bool) -> None:
+    """Photo 2 is first in no pair of the tree, so that its pose comes from its sure points, where it has any."""
+    unsure = torch.full(SIZE, confidence)
+    predictions = [
+        replace(
+            p,
+            confidence_first=unsure if p.first == 2 else p.confidence_first,
+            confidence_second=unsure if p.second == 2 else p.confidence_second,
+        )
+        for p in _predictions()
+    ]
+    assert [(p.first, p.second) for p in spanning_tree(predictions, 3)] == [(0, 1), (1, 2)]
+    poses = pose_matrix(initial_state(predictions, 3).poses).double()
+    if found:
+        _relative(poses, _world()[0])
+    else:
+        torch.testing.assert_close(poses[2], torch.eye(4, dtype=torch.float64))
+        assert (poses[1] - torch.eye(4)).abs().max() > 0.1
+
+
+def test_a_scene_is_cleaned_before_the_limit() -> None:
+    """Two photos from one place: what floats in front of a surer photo's points goes, and so does what is below the limit."""
+    depths = torch.full((2, *SIZE), 4.0)
+    depths[0, 5, 7] = depths[1, 9, 9] = 2.0
+    less, more = torch.full(SIZE, 2.0), torch.full(SIZE, 3.0)
+    less[1, 1] = 1.5
+    points = torch.zeros(*SIZE, 3)
+    code = pose_code(torch.eye(4).repeat(2, 1, 1))
+    state = AlignmentState(code, 20 * torch.full((2,), FOCAL).log(), depths.log(), torch.zeros(1, 8))
+    scene = scene_of_state(ImageSet(torch.zeros(2, 3, *SIZE)), [PairPrediction(0, 1, points, less, points, more)], state, 1.5)
+    assert (scene.confidence == 0).nonzero().tolist() == [[0, 1, 1], [0, 5, 7]]
 
 
 def so3_angle_deg(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -23,11 +23,11 @@ PHOTO, WHOLE, SEEN, TOP = (108, 128), (54, 64), (48, 64), 3
 FOCAL = 60.0
 
 
-def _world(count: int) -> tuple[ImageSet, Cameras, torch.Tensor, KnowingNetwork]:
+def _world(count: int, focal: float = FOCAL) -> tuple[ImageSet, Cameras, torch.Tensor, KnowingNetwork]:
     """Photos, cameras of what the network sees, its depth, the network."""
     generator = torch.Generator().manual_seed(0)
     poses = [pose((0.4 * i + 1, 0.1 * i, 0.2), (2.0 * i, 5.0 - 4.0 * i, 0.0)) for i in range(count)]
-    K = intrinsics(FOCAL, SEEN).float().expand(count, 3, 3)
+    K = intrinsics(focal, SEEN).float().expand(count, 3, 3)
     cameras = Cameras(K, torch.stack([torch.from_numpy(p) for p in poses]).float(), SEEN)
     depth = 3 + torch.rand(count, *SEEN, generator=generator, dtype=torch.float64)
     images = ImageSet(torch.rand(count, 3, *PHOTO, generator=generator), tuple(f"{i}.png" for i in range(count)))
@@ -107,7 +107,37 @@ def test_factor_survives_wrong_points() -> None:
     points = transform(invert_rigid(poses[0]), unproject(depth[1], cameras.K[1], poses[1])) / 2.5
     points[:15] += 1.0
     points[20] = float("nan")
-    assert depth_factor(points, invert_rigid(poses[1]) @ poses[0], cameras.K[1], "") == pytest.approx(2.5, rel=1e-4)
+    sure = torch.full(SEEN, 9.0)
+    assert depth_factor(points, sure, invert_rigid(poses[1]) @ poses[0], cameras.K[1], "") == pytest.approx(2.5, rel=1e-4)
+
+
+def test_unsure_pixels_do_not_set_the_size() -> None:
+    """Most points of the other photo are wrong and unsure; where none is sure, all count."""
+    _, cameras, depth, _ = _world(2)
+    poses = cameras.world_from_cam.double()
+    points = transform(invert_rigid(poses[0]), unproject(depth[1], cameras.K[1], poses[1])) / 2.5
+    points[:30] *= 3.0
+    confidence = torch.full(SEEN, 9.0)
+    confidence[:30] = 1.5
+    second_from_first = invert_rigid(poses[1]) @ poses[0]
+    assert depth_factor(points, confidence, second_from_first, cameras.K[1], "") == pytest.approx(2.5, rel=1e-4)
+    all_unsure = torch.full(SEEN, 1.5)
+    assert depth_factor(points, all_unsure, second_from_first, cameras.K[1], "") == pytest.approx(2.5 / 3, rel=1e-4)
+
+
+def test_unsure_pixels_do_not_set_the_size_of_a_scene(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, cameras, depth, network = _world(2)
+    decode = network.decode
+
+    def doubtful(first, second):
+        maps = decode(first, second)
+        maps[1].points[:, :30] *= 3.0
+        for each in maps:
+            each.confidence[:, :30] = 1.5
+        return maps
+
+    monkeypatch.setattr(network, "decode", doubtful)
+    _check_points(dust3r_scene(network, images, _photo_cameras(cameras)), cameras, depth, 1.0, torch.eye(4))
 
 
 def test_low_confidence_becomes_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +159,60 @@ def test_low_confidence_becomes_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
     covered = dust3r_scene(nothing[3], nothing[0], _photo_cameras(nothing[1]), min_confidence=100.0)
     assert covered.quality.coverage == (0.0, 0.0)
     assert "only 0% of photo 1" in covered.quality.warnings[0]
+
+
+def test_the_limit_for_points_does_not_reach_the_pose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most pixels are unsure and look as if both photos had been taken from one place."""
+    images, cameras, depth, network = _world(2)
+    decode, still = network.decode, [unproject(d, K, torch.eye(4)) for d, K in zip(depth, cameras.K, strict=True)]
+    unsure = slice(0, 29)
+
+    def doubtful(first, second):
+        maps = decode(first, second)
+        maps[1].points[0, unsure] = still[second.index][unsure].float()
+        for each in maps:
+            each.confidence[:, unsure] = 1.5
+        return maps
+
+    monkeypatch.setattr(network, "decode", doubtful)
+    scene = dust3r_scene(network, images)
+    seen = scene.confidence[:, TOP : TOP + SEEN[0]]
+    assert (seen[:, unsure] == 1.5).all()
+    found = invert_rigid(scene.cameras.world_from_cam[0].double()) @ scene.cameras.world_from_cam[1].double()
+    expected = invert_rigid(cameras.world_from_cam[0].double()) @ cameras.world_from_cam[1].double()
+    torch.testing.assert_close(found[:3, :3], expected[:3, :3], rtol=0.0, atol=1e-3)
+    towards = expected[:3, 3] / expected[:3, 3].norm()
+    torch.testing.assert_close(found[:3, 3] / found[:3, 3].norm(), towards, rtol=0.0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("count", "given"), [(1, False), (2, False), (3, False), (2, True)])
+def test_points_of_little_confidence_are_left_out_unasked(monkeypatch: pytest.MonkeyPatch, count: int, given: bool) -> None:
+    """The limit is log 3 = 1.0986."""
+    images, cameras, _, network = _world(count)
+    decode = network.decode
+
+    def doubtful(first, second):
+        maps = decode(first, second)
+        for each in maps:
+            each.confidence[:, :5], each.confidence[:, 5:10] = 1.09, 1.11
+        return maps
+
+    monkeypatch.setattr(network, "decode", doubtful)
+    scene = dust3r_scene(network, images, _photo_cameras(cameras) if given else None, steps=0)
+    seen = scene.confidence[:, TOP : TOP + SEEN[0]]
+    assert (seen[:, :5] == 0).all()
+    # among three photos some of these points float in front of surer ones
+    assert (seen[:, 5:10] > 0).float().mean() > (0.3 if count == 3 else 0.99)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("focal", "factor"), [(15.0, 0.5), (250.0, 3.5)])
+def test_focal_lengths_are_limited(count: int, focal: float, factor: float) -> None:
+    """To one half and 3.5 times that of a field of view of 60 degrees, as in ViewCrafter."""
+    images, _, _, network = _world(count, focal)
+    found = dust3r_scene(network, images, steps=0).cameras.K[:, 0, 0]
+    limit = factor * max(SEEN) / (2 * 3**-0.5)
+    torch.testing.assert_close(found, torch.full((count,), limit), rtol=1e-5, atol=0.0)
 
 
 def test_bad_cameras_are_refused() -> None:

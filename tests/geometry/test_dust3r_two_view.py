@@ -72,6 +72,24 @@ def test_pixels_of_low_confidence_take_no_part() -> None:
     assert (scene.confidence[1, 10:] == 9).all()
 
 
+def test_unsure_pixels_take_no_part_in_the_pose_though_they_get_points() -> None:
+    """60 % of the pixels are unsure and look as if nothing had moved: the others give the pose, and all get points."""
+    predictions = _predictions()
+    unsure = slice(0, round(0.6 * SIZE[0]))
+    for p, q in (predictions, predictions[::-1]):
+        p.points_second[unsure] = q.points_first[unsure]
+        p.confidence_first[unsure] = p.confidence_second[unsure] = 1.5
+    scene = scene_of_pair(ImageSet(torch.zeros(2, 3, *SIZE)), predictions, min_confidence=math.log(3))
+    torch.testing.assert_close(scene.cameras.world_from_cam[1], _pose().float(), rtol=0.0, atol=1e-4)
+    assert (scene.confidence[:, unsure] == 1.5).all()
+
+
+def test_a_high_limit_for_points_leaves_the_pose() -> None:
+    scene = scene_of_pair(ImageSet(torch.zeros(2, 3, *SIZE)), _predictions(), min_confidence=9.5)
+    torch.testing.assert_close(scene.cameras.world_from_cam[1], _pose().float(), rtol=0.0, atol=1e-5)
+    assert (scene.confidence == 0).all()
+
+
 def test_focal_length_ignores_outliers_and_zero_depths() -> None:
     points = _predictions()[0].points_first.clone()
     points[5:9, 5:9] += torch.tensor([1.0, -2.0, 0.5])

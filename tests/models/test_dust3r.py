@@ -61,6 +61,32 @@ def test_a_size_that_does_not_divide_is_refused() -> None:
         Dust3rNetwork(**SMALL).encode(torch.zeros(1, 3, 32, 40))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"encoder_heads": 8}, "width of 16 does not divide into 8 heads"),
+        ({"encoder_heads": 3}, "width of 16 does not divide into 3 heads"),
+        ({"encoder_heads": 0}, "encoder_heads=0"),
+        ({"decoder_heads": 4}, "width of 8 does not divide into 4 heads"),
+        ({"encoder_width": -16}, "encoder_width=-16"),
+        ({"decoder_layers": 0}, "decoder_layers=0"),
+        ({"decoder_layers": 2.5}, "decoder_layers=2.5"),
+        ({"patch_size": 8}, "patch_size=8"),
+        ({"rope_base": 0.0}, "rope_base=0.0"),
+        ({"rope_base": math.nan}, "rope_base=nan"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio=0.01"),
+        ({"layer_widths": (4, 4, 4)}, "layer_widths"),
+        ({"last_width": 0}, "last_width=0"),
+        ({"feature_width": 1}, "feature_width=1"),
+        ({"image_size": 8}, "image_size=8"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        Dust3rNetwork(**{**SMALL, **sizes})
+    assert "\n" not in str(error.value)
+
+
 @torch.no_grad()
 def test_features_serve_several_pairs() -> None:
     torch.manual_seed(0)

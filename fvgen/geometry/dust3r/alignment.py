@@ -16,6 +16,7 @@ from fvgen.geometry.conventions import rigid
 from fvgen.kernels.point_map_distance import point_map_distance
 from fvgen.types import Cameras, GeometryQuality, ImageSet, Scene
 
+from .canvas import centred, common_size
 from .clean import cleaned_confidence
 from .pairs import PairPrediction, Progress, image_confidence
 from .pinhole import intrinsics, pixel_centres
@@ -39,7 +40,7 @@ class AlignmentState:
     Attributes:
         poses: ``[V, 7]`` of the photos: quaternion (x, y, z, w) of any length, then sign(t) log(1 + abs(t)) of the centre.
         focals: ``[V]``, 20 log of the focal length in pixels.
-        depths: ``[V, H, W]``, log of z.
+        depths: ``[V, H, W]``, log of z; photos that differ in size lie in the middle of the frame.
         pair_poses: ``[E, 8]``, as ``poses`` and then the log of a scale.
     """
 
@@ -117,38 +118,50 @@ def world_points(state: AlignmentState) -> Tensor:
     return torch.baddbmm(motion[..., 3:], motion[..., :3], own).transpose(1, 2).unflatten(1, size)
 
 
+def _confidences(predictions: Sequence[PairPrediction]) -> tuple[list[Tensor], list[Tensor]]:
+    return [p.confidence_first for p in predictions], [p.confidence_second for p in predictions]
+
+
+def predicted_size(predictions: Sequence[PairPrediction]) -> tuple[int, int]:
+    """(H, W) of the frame in the middle of which every photo has room."""
+    return common_size(c.shape for side in _confidences(predictions) for c in side)
+
+
 class Objective:
     """Distance of every pair's points, moved and scaled by the pair's pose, from the world points, weighted by log confidence.
 
     Point maps are kept by photo, ``M`` of each, so that all of them are compared with its world points in one operation and sums
-    run in the same order every time. Photos in fewer pairs are filled up with maps of weight zero.
+    run in the same order every time. Photos in fewer pairs are filled up with maps of weight zero, smaller photos with pixels
+    of weight zero around them.
 
     Args:
         predictions: on the device where the loss is to be computed.
     """
 
     def __init__(self, predictions: Sequence[PairPrediction]) -> None:
-        maps: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        firsts, seconds = (sum(c.numel() for c in side) for side in _confidences(predictions))
+        maps: dict[int, list[tuple[int, Tensor, Tensor, float]]] = {}
         for edge, p in enumerate(predictions):
-            maps.setdefault(p.first, []).append((edge, p.points_first, p.confidence_first))
-            maps.setdefault(p.second, []).append((edge, p.points_second, p.confidence_second))
+            maps.setdefault(p.first, []).append((edge, p.points_first, p.confidence_first, 1.0))
+            maps.setdefault(p.second, []).append((edge, p.points_second, p.confidence_second, firsts / seconds))
         like = predictions[0].points_first
         photos, most = 1 + max(maps), max(map(len, maps.values()))
-        self._size = (like.shape[0], like.shape[1])
+        self._size = predicted_size(predictions)
         pixels = self._size[0] * self._size[1]
         self._points = like.new_zeros(photos, most, 3, pixels)
         self._weights = like.new_ones(photos, most, pixels)
+        shares = torch.ones(photos, most, 1, dtype=like.dtype)  # the means over first and over second photos count alike
         chosen = torch.zeros(photos, most, len(predictions), dtype=like.dtype)
         for photo, its in maps.items():
-            for n, (edge, points, confidence) in enumerate(its):
-                self._points[photo, n] = points.flatten(0, 1).T
-                self._weights[photo, n] = confidence.flatten()
-                chosen[photo, n, edge] = 1
-        self._weights.log_()
+            for n, (edge, points, confidence, share) in enumerate(its):
+                self._points[photo, n] = centred(points.movedim(-1, 0), self._size).flatten(1)
+                self._weights[photo, n] = centred(confidence, self._size, 1.0).flatten()
+                chosen[photo, n, edge], shares[photo, n] = 1, share
+        self._weights.log_().mul_(shares.to(like.device))
         self._chosen = chosen.to(like.device)
         self._over_focal = like.new_tensor([-1.0, -1.0, 0.0, 0.0]) / FOCAL_SCALE
         self._centred = centred_pixels(self._size, like)
-        self._count = len(predictions) * pixels
+        self._count = firsts
 
     def __call__(self, state: AlignmentState) -> Tensor:
         """The loss, a scalar in the network's unit of length."""
@@ -255,7 +268,7 @@ def scene_of_state(
     about half of the network's, because the pairs' mean scale is held at one half.
     """
     K = torch.stack([intrinsics(f, images.size) for f in (state.focals / FOCAL_SCALE).exp().tolist()])
-    confidence = torch.stack([image_confidence(predictions, i) for i in range(len(images))])
+    confidence = torch.stack([centred(image_confidence(predictions, i), images.size) for i in range(len(images))])
     points = world_points(state).float()
     cameras = Cameras(K.float().to(points.device), pose_matrix(state.poses).float(), images.size)
     confidence = cleaned_confidence(points, cameras, confidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvgen.geometry.resize import resize, scale_K
+from fvgen.geometry.resize import fit_cameras, resample, resize, scale_cameras, scale_K
 from fvgen.types import Cameras, GeometryQuality, ImageSet, Scene
 from fvgen.utils.errors import UserError
 
+from .canvas import centred, centred_points, common_size, corner, photos_in_frame
 from .known import camera_frame, scene_of_cameras
 from .pairs import PairPrediction, Progress, complete_pairs, neighbour_pairs, predict_pairs
 from .pinhole import estimate_focal, intrinsics, unproject
@@ -47,7 +49,7 @@ def dust3r_scene(
 
     Args:
         network: on any device.
-        images: upright photos of one size.
+        images: upright photos; without ``cameras`` they may differ in size.
         cameras: theirs at the same image size; estimated when left out. Estimated cameras have the first photo's camera as the
             world and the median depth of its points as the unit.
         min_confidence: pixels at or below it get no point; the network's confidence is above 1 everywhere.
@@ -56,6 +58,7 @@ def dust3r_scene(
 
     Returns:
         Scene whose images are the whole photos at the scale at which the network saw them; what it did not see has no points.
+        Photos that differ in size lie in the middle of a frame that has room for all.
 
     Raises:
         UserError: no photo, cameras that do not fit, or points from which no cameras can be found.
@@ -65,9 +68,15 @@ def dust3r_scene(
         raise UserError("geometry needs a photo; give one or more")
     if cameras is not None and (len(cameras) != count or tuple(cameras.image_size) != images.size):
         raise UserError("the cameras do not fit the photos in number or image size; give one camera per photo")
+    if cameras is not None and images.whole:
+        raise UserError(
+            "given cameras need photos of one size; bring all photos to one size and orientation, or leave --cameras out"
+        )
     size = int(network.config["image_size"])
-    prepared = [network_image(rgb, size) for rgb in images.rgb]
-    cropped = ImageSet(torch.stack([p.rgb for p in prepared]), images.names)
+    photos: Sequence[Tensor] = images.whole or images.rgb.unbind()
+    prepared = [network_image(rgb, size) for rgb in photos]
+    frame = common_size(p.pixels.shape[-2:] for p in prepared)
+    cropped = ImageSet(photos_in_frame([p.rgb for p in prepared], frame), images.names)
     aligned = cameras is None and count > 2
     predicted = 0.5 if aligned else 1.0
     predictions = predict_pairs(
@@ -98,7 +107,7 @@ def dust3r_scene(
     report("done", 1.0)
     if cameras is None:
         scene = camera_frame(scene)
-    whole = _uncropped(scene, images, prepared[0])
+    whole = _uncropped(scene, images, photos, prepared)
     return replace(whole, quality=_quality(whole, cameras is not None))
 
 
@@ -116,16 +125,47 @@ def _scene_of_one(images: ImageSet, prediction: PairPrediction, min_confidence: 
     )
 
 
-def _uncropped(scene: Scene, images: ImageSet, prepared: NetworkImage) -> Scene:
+def _uncropped(scene: Scene, images: ImageSet, photos: Sequence[Tensor], prepared: Sequence[NetworkImage]) -> Scene:
     """The scene of whole photos: a margin without points around what the network saw, intrinsics shifted."""
-    mapping, (rows, columns) = prepared.network_from_photo, scene.images.size
-    height, width = (round(side * float(mapping[n, n])) for side, n in ((images.size[0], 1), (images.size[1], 0)))
-    left, top = round(-float(mapping[0, 2])), round(-float(mapping[1, 2]))
-    margin = (left, width - columns - left, top, height - rows - top)
-    whole, _ = resize(images, None, (height, width))
-    cameras = replace(scene.cameras, K=scale_K(scene.cameras.K, 1, 1, left, top), image_size=(height, width))
-    points = F.pad(scene.points.movedim(-1, 1), margin).movedim(1, -1)
-    return replace(scene, images=whole, cameras=cameras, points=points, confidence=F.pad(scene.confidence, margin))
+    wholes = [_whole_size(photo, p) for photo, p in zip(photos, prepared, strict=True)]
+    frame, seen = common_size(wholes), scene.images.size
+    K, K_whole, points, confidence = [], [], [], []
+    for n, (p, size) in enumerate(zip(prepared, wholes, strict=True)):
+        rows, columns = p.pixels.shape[-2:]
+        top, left = corner((rows, columns), seen)
+        left_cut, top_cut = (round(-float(p.network_from_photo[axis, 2])) for axis in (0, 1))
+        margin = (left_cut, size[1] - columns - left_cut, top_cut, size[0] - rows - top_cut)
+        inner = slice(top, top + rows), slice(left, left + columns)
+        points.append(centred_points(F.pad(scene.points[n][inner].movedim(-1, 0), margin).movedim(0, -1), frame))
+        confidence.append(centred(F.pad(scene.confidence[n][inner], margin), frame))
+        K_whole.append(scale_K(scene.cameras.K[n], 1, 1, left_cut - left, top_cut - top))
+        top, left = corner(size, frame)
+        K.append(scale_K(K_whole[-1], 1, 1, left, top))
+    poses = scene.cameras.world_from_cam
+    frames = [
+        fit_cameras(scale_cameras(Cameras(k[None], pose[None], size), (photo.shape[1], photo.shape[2])), images.size)
+        for k, pose, size, photo in zip(K_whole, poses, wholes, photos, strict=True)
+    ]
+    first_frame = Cameras(torch.cat([each.K for each in frames]), poses, images.size)
+    if images.whole:
+        rgb = [resample(photo[None], size)[0] for photo, size in zip(photos, wholes, strict=True)]
+        shown = ImageSet(photos_in_frame(rgb, frame), images.names)
+    else:
+        shown, _ = resize(images, None, frame)
+    return replace(
+        scene,
+        images=shown,
+        cameras=Cameras(torch.stack(K), poses, frame),
+        points=torch.stack(points),
+        confidence=torch.stack(confidence),
+        frames=scale_cameras(first_frame, wholes[0]) if images.whole else None,
+    )
+
+
+def _whole_size(photo: Tensor, prepared: NetworkImage) -> tuple[int, int]:
+    """(H, W) of the uncropped photo at the scale at which the network saw it."""
+    mapping = prepared.network_from_photo
+    return round(photo.shape[1] * float(mapping[1, 1])), round(photo.shape[2] * float(mapping[0, 0]))
 
 
 def _quality(scene: Scene, given: bool) -> GeometryQuality:

@@ -13,7 +13,7 @@ from fvgen.types import Cameras, GeometryQuality, ImageSet, Scene
 from fvgen.utils.errors import UserError
 
 from .pairs import PairPrediction, image_confidence
-from .pinhole import pixel_centres, transform, unproject
+from .pinhole import MIN_POINTS, POSE_CONFIDENCE, pixel_centres, transform, unproject
 
 SAME_PLACE = 1e-9
 
@@ -61,17 +61,19 @@ def _factor(pair: PairPrediction, cameras: Cameras) -> float:
         raise UserError(
             f"the cameras of photos {pair.first + 1} and {pair.second + 1} stand in one place; use photos from different places"
         )
-    return depth_factor(pair.points_second, second_from_first, cameras.K[pair.second], f"{pair.first + 1} and {pair.second + 1}")
+    names = f"{pair.first + 1} and {pair.second + 1}"
+    return depth_factor(pair.points_second, pair.confidence_second, second_from_first, cameras.K[pair.second], names)
 
 
-def depth_factor(points: Tensor, second_from_first: Tensor, K: Tensor, names: str) -> float:
+def depth_factor(points: Tensor, confidence: Tensor, second_from_first: Tensor, K: Tensor, names: str) -> float:
     """The factor under which points in the frame of one camera fall on the pixels of another, for most of them.
 
     ``R s p + t`` is parallel to the pixel's ray where ``s (R p) x ray + t x ray = 0``: each pixel has a factor of its own by
-    least squares, and their median is taken.
+    least squares, and their median is taken. Unsure pixels do not count, as they do not for poses, unless hardly any is sure.
 
     Args:
         points: ``[H, W, 3]``, one per pixel of the second camera, in the frame of the first.
+        confidence: ``[H, W]`` of these points.
         second_from_first: ``[4, 4]`` in the unit that is wanted.
         K: ``[3, 3]`` of the second camera.
         names: of the two photos, for the message.
@@ -83,7 +85,9 @@ def depth_factor(points: Tensor, second_from_first: Tensor, K: Tensor, names: st
     rays = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1) @ torch.linalg.inv(K.double()).T
     turned = points.double() @ second_from_first[:3, :3].T
     across, offset = torch.linalg.cross(turned, rays), torch.linalg.cross(second_from_first[:3, 3].expand_as(rays), rays)
-    factor = float((-(across * offset).sum(-1) / across.square().sum(-1)).nanmedian())
+    factors = -(across * offset).sum(-1) / across.square().sum(-1)
+    sure = confidence > POSE_CONFIDENCE
+    factor = float((factors[sure] if sure.sum() >= MIN_POINTS else factors).nanmedian())
     if not factor > 0:
         raise UserError(f"the given cameras contradict what photos {names} show; check --cameras or leave it out")
     return factor

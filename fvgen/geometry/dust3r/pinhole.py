@@ -19,6 +19,7 @@ from fvgen.geometry.conventions import invert_rigid, rigid
 
 WEISZFELD_STEPS = 10
 INLIER_PX = 5.0
+POSE_CONFIDENCE = 3.0  # poses come from points that are surer, whichever points are rendered
 FOCALS_TRIED = 21
 MIN_POINTS = 4  # SQPNP needs three, RANSAC one more
 

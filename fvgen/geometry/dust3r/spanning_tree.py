@@ -21,12 +21,13 @@ from .alignment import (
     Objective,
     optimise,
     pose_code,
+    predicted_size,
     scene_of_state,
 )
+from .canvas import centred
 from .pairs import PairPrediction, Progress, float32_products, image_confidence
-from .pinhole import camera_poses, estimate_focal, intrinsics, pose_and_focal
+from .pinhole import POSE_CONFIDENCE, camera_poses, estimate_focal, intrinsics, pose_and_focal
 
-POSE_CONFIDENCE = 3.0
 POSE_ITERATIONS = 10
 
 
@@ -93,28 +94,25 @@ def initial_state(
     which may be another photo's; the optimisation corrects it.
 
     Args:
-        predictions: pairs that connect all photos; all of one size. A photo that is the first of none gets the focal length under
-            which most of its points fall on their pixels.
+        predictions: pairs that connect all photos, which may differ in size. A photo that is the first of none gets the focal
+            length under which most of its points fall on their pixels.
         count: number of photos.
         focal_limits: see :func:`fvgen.geometry.dust3r.pinhole.estimate_focal`.
 
     Raises:
-        UserError: the photos differ in size, or the pairs do not suffice.
+        UserError: the pairs do not suffice.
     """
-    if len({tuple(p.confidence_first.shape) for p in predictions} | {tuple(p.confidence_second.shape) for p in predictions}) > 1:
-        raise UserError("the photos differ in size after cropping; bring all photos to one size and orientation")
     points, poses, focals = _chain(spanning_tree(predictions, count), focal_limits)
     for prediction in sorted(predictions, key=lambda p: p.score, reverse=True):
         if prediction.first not in focals:
             focals[prediction.first] = estimate_focal(prediction.points_first, limits=focal_limits)
-    size = (points[0].shape[0], points[0].shape[1])
     masks = {i: image_confidence(predictions, i) > POSE_CONFIDENCE for i in range(count) if i not in poses}
     for i in masks.keys() - focals.keys():
         both = pose_and_focal(points[i], masks.pop(i), POSE_ITERATIONS)
         if both is None:
             raise UserError(f"no focal length of photo {i + 1} was found; predict pairs in both orders")
         poses[i], focals[i] = both
-    views = [(points[i], intrinsics(focals[i], size), mask) for i, mask in masks.items()]
+    views = [(points[i], intrinsics(focals[i], (points[i].shape[0], points[i].shape[1])), mask) for i, mask in masks.items()]
     for i, pose in zip(masks, camera_poses(views, POSE_ITERATIONS), strict=True):
         poses[i] = torch.eye(4, dtype=torch.float64) if pose is None else pose
     return _state(
@@ -173,7 +171,10 @@ def _state(
     return AlignmentState(
         pose_code(scaled).float(),
         FOCAL_SCALE * torch.tensor(focals).log(),
-        torch.stack(depths).log().nan_to_num(nan=0.0, neginf=0.0).float(),
+        torch.stack([centred(depth, predicted_size(predictions), 1.0) for depth in depths])
+        .log()
+        .nan_to_num(nan=0.0, neginf=0.0)
+        .float(),
         pairs.float(),
     ).to(depths[0].device)
 
@@ -193,7 +194,7 @@ def aligned_scene(
     """Cameras and point maps of two or more photos from the predictions of their pairs.
 
     Args:
-        images: all photos at the predictions' size.
+        images: all photos at the predictions' size; where they differ in it, each in the middle of a frame that has room for all.
         predictions: of :func:`fvgen.geometry.dust3r.pairs.complete_pairs`, or any pairs that connect all photos, in both orders.
             Most of the work is done on the device where they are.
         steps, schedule: of the optimisation; "linear" or "cosine".
@@ -205,7 +206,7 @@ def aligned_scene(
         The scene, on the CPU.
 
     Raises:
-        UserError: the photos differ in size, or the pairs do not suffice.
+        UserError: the pairs do not suffice.
     """
     start = initial_state(predictions, len(images), focal_limits)
     state, _ = optimise(start, Objective(predictions), steps=steps, schedule=schedule, progress=progress)

@@ -131,13 +131,11 @@ def convert_dust3r(state: dict[str, Tensor], dtype: torch.dtype | None = torch.f
     try:
         with torch.device("meta"):
             network = Dust3rNetwork(**arguments)
+    except UserError:
+        raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         sizes = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise UserError(f"the checkpoint describes a network that cannot be built ({sizes}); get the original file") from error
-    for part in ("encoder", "decoder"):
-        width, heads = (network.config[f"{part}_{what}"] for what in ("width", "heads"))
-        if width % (4 * heads):  # a head is halved for both axes, and each half into pairs
-            raise UserError(f"the checkpoint's {part} has a width of {width} for {heads} heads; get the original file")
     check_fit(state, reference_shapes(network, state))
     check_second_names(state)
     weights = convert_keys(standard_state(state), dust3r_key_map(network), network)

@@ -14,6 +14,7 @@ from fvgen.utils.errors import UserError
 
 from .head import DptHead, PointMap, point_map
 from .layers import NORM_EPS, DecoderBlock, EncoderBlock, Rotary, grid_positions, rotary
+from .sizes import check_sizes
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Dust3rNetwork(ModelMixin, ConfigMixin):
         rope_base: of the rotary positions.
         layer_widths, feature_width, last_width: size of the heads.
         image_size: long side of the images that it was trained on, pixels; others can be put in.
+
+    Raises:
+        UserError: impossible sizes.
     """
 
     @register_to_config
@@ -76,6 +80,7 @@ class Dust3rNetwork(ModelMixin, ConfigMixin):
         last_width: int = 128,
         image_size: int = 512,
     ) -> None:
+        check_sizes({name: value for name, value in locals().items() if name != "self"})
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, encoder_width, patch_size, stride=patch_size)
         self.encoder = nn.ModuleList(EncoderBlock(encoder_width, encoder_heads, mlp_ratio) for _ in range(encoder_layers))
