@@ -52,6 +52,7 @@ class Dust3rEstimator:
         dtype: of encoder and decoders. In float32 a GPU multiplies in TF32, as the original does; bfloat16 takes half the memory.
         min_confidence: pixels at or below it get no point.
         offload: keep the weights on the CPU but for the moment of each call.
+        verify: compare the directory's files with their checksums first.
 
     Raises:
         UserError: the directory holds no network, or a damaged one.
@@ -66,10 +67,11 @@ class Dust3rEstimator:
         dtype: torch.dtype = torch.float32,
         min_confidence: float | None = None,
         offload: bool = False,
+        verify: bool = False,
     ) -> None:
         from fvgen.models.dust3r import read_dust3r
 
-        found = read_dust3r(network) if isinstance(network, str | os.PathLike) else network
+        found = read_dust3r(network, verify) if isinstance(network, str | os.PathLike) else network
         self.network = found.to("cpu" if offload else device).trunk_to(dtype).eval()
         self._device = device
         self._options: dict[str, Any] = {} if min_confidence is None else {"min_confidence": min_confidence}
@@ -104,6 +106,7 @@ def make_estimator(
     device: str | torch.device = "cpu",
     offload: bool = False,
     min_confidence: float | None = None,
+    verify: bool = False,
 ) -> Estimator:
     """The estimator of a choice of ``GEOMETRIES``.
 
@@ -113,11 +116,12 @@ def make_estimator(
         device: where DUSt3R runs.
         offload: its weights are there only while it does.
         min_confidence: pixels at or below it get no point; None = log 3, of values above 1.
+        verify: compare the directory's files with their checksums first.
 
     Raises:
         UserError: see :func:`wants_dust3r`, or the weights cannot be read.
     """
     if wants_dust3r(geometry, weights):
         assert weights is not None
-        return Dust3rEstimator(weights, device, min_confidence=min_confidence, offload=offload)
+        return Dust3rEstimator(weights, device, min_confidence=min_confidence, offload=offload, verify=verify)
     return ClassicalEstimator()

@@ -197,6 +197,9 @@ class FVGenPipeline:
         dust3r_weights: str | os.PathLike[str] | None = None,
         cpu_offload: bool = False,
         min_confidence: float | None = None,
+        verify: bool = False,
+        prompt: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
     ) -> FVGenPipeline:
         """Loads a model.
 
@@ -209,15 +212,28 @@ class FVGenPipeline:
             cpu_offload: for GPUs with little memory: what a stage does not need stays in the processor's memory, see
                 :class:`fvgen.inference.clip.ClipEngine`; slower.
             min_confidence: DUSt3R's pixels at or below it get no point; None = log 3, of values above 1.
+            verify: compare the files of the model, and of DUSt3R, with their checksums first.
+            prompt: text in the place of the one that the model was trained with; the model has to have its text tower.
+            tokenizer: folder with the files of CLIP's tokenizer, for a prompt of your own.
 
         Raises:
-            UserError: unknown name, incomplete directory, no such device.
+            UserError: unknown name, incomplete directory, no such device, a file that differs from its checksum, a prompt that
+                the model cannot read.
         """
         from fvgen.models.bundle import ModelBundle
+        from fvgen.models.prompts import check_prompt, embed_prompt
+        from fvgen.models.tokenizer import PROMPT
 
+        model = find_model(name_or_dir)
+        check_prompt(model, prompt, tokenizer)
         chosen = choose_device(device)
-        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload, min_confidence)
-        bundle = ModelBundle.from_pretrained(find_model(name_or_dir), device="cpu" if cpu_offload else chosen)
+        estimator = make_estimator(geometry, dust3r_weights, chosen, cpu_offload, min_confidence, verify)
+        place = "cpu" if cpu_offload else chosen
+        bundle = ModelBundle.from_pretrained(model, device=place, verify=verify)
+        if prompt == "":
+            bundle.prompt = bundle.empty
+        elif prompt not in (None, PROMPT):
+            bundle.prompt = embed_prompt(model, str(prompt), tokenizer).to(bundle.prompt)
         return cls(bundle, chosen, fast, estimator, cpu_offload)
 
     def clip_size(self, images: Photos) -> tuple[int, int]:

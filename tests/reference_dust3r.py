@@ -48,7 +48,8 @@ def random_state() -> tuple[dict[str, Tensor], Dust3rNetwork]:
         scratch = f"downstream_head{number}.dpt.scratch."
         state |= {f"{scratch}layer_rn.{i}.weight": state[f"{scratch}layer{i + 1}_rn.weight"] for i in range(4)}
         unit = f"{scratch}refinenet4.resConfUnit1."
-        state |= {f"{unit}conv{n}.{kind}": torch.zeros(1) for n in (1, 2) for kind in ("weight", "bias")}
+        state |= {f"{unit}conv{n}.weight": torch.zeros(256, 256, 3, 3) for n in (1, 2)}
+        state |= {f"{unit}conv{n}.bias": torch.zeros(256) for n in (1, 2)}
     return state | {"mask_token": torch.zeros(1, 1, 16)}, network
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fvgen.cli import main
 from fvgen.models.bundle import ModelBundle
 from fvgen.recipes.presets import get_preset
 from tests.geometry.synthetic import capture, pose
-from tests.models.test_bundle import reference_state
+from tests.reference_checkpoints import viewcrafter_state, write_viewcrafter
 from tests.reference_dust3r import write_checkpoint
 
 TEXT = (Path(__file__).parent.parent / "docs" / "weights.md").read_text()
@@ -42,24 +41,33 @@ def test_every_command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     unet = {**tiny.unet, "model_channels": 32, "channel_mult": (1, 1), "attention_resolutions": (1, 2)}
     vae = {**tiny.vae, "block_out_channels": (16, 16, 16)}
     spec = replace(tiny, index=replace(tiny.index, height=40, width=64), unet=unet, vae=vae)
-    torch.save({"state_dict": reference_state(spec, ModelBundle.random(spec))}, place / "model.ckpt")
+    write_viewcrafter(place / "model_sparse.ckpt", viewcrafter_state(spec, ModelBundle.random(spec)))
     asked = []
     monkeypatch.setattr("fvgen.recipes.presets.get_preset", lambda name: asked.append(name) or spec)
     monkeypatch.chdir(place)
     outputs = []
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     for line in COMMANDS:
         words = shlex.split(line.replace("--frames 25", "--frames 4"))
         assert words[0] == "fvgen"
         assert main(words[1:]) == 0, (line, capsys.readouterr().err)
         outputs += [words[words.index("--output") + 1]] if "--output" in words else []
-        if words[1:3] == ["convert", "viewcrafter"]:
+        if words[1:3] == ["convert", "viewcrafter"] and "--verify" in words:
             index_file = place / words[words.index("--output") + 1] / "model_index.json"
             index = json.loads(index_file.read_text())
             assert (index["sampler"], index["guidance_scale"], index["steps"]) == ("ddim", 7.5, 50)
             index_file.write_text(json.dumps({**index, "steps": 2}))
     assert asked == ["viewcrafter_1024"]
-    assert outputs == ["models/dust3r", "models/viewcrafter", "models/dust3r", "look", "room", "orbit", "small"]
+    assert outputs == [
+        "models/dust3r",
+        "models/viewcrafter",
+        "models/dust3r",
+        "models/viewcrafter",
+        "look",
+        "room",
+        "orbit",
+        "small",
+    ]
     room, small = (json.loads((place / name / "report.json").read_text()) for name in ("room", "small"))
     assert room["geometry"]["estimator"].startswith("dust3r")
     assert (room["arguments"]["sampler"], room["arguments"]["steps"]) == ("teacher", 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fvgen.models.dust3r import Dust3rNetwork, convert_dust3r, load_dust3r
 from fvgen.models.dust3r.checkpoint import network_arguments
-from fvgen.models.dust3r.key_map import dust3r_key_map, standard_state, unused_reason
+from fvgen.models.dust3r.key_map import dust3r_key_map, reference_shapes, standard_state, unused_reason
 from fvgen.models.dust3r.stored import key_report
 from fvgen.utils.errors import UserError
 from tests import golden_dust3r as reference
@@ -92,6 +92,7 @@ def test_full_model_has_the_reference_weights() -> None:
     with torch.device("meta"):
         network = Dust3rNetwork()
         state = {k: torch.empty(shape) for k, shape in keys.items()}
+    assert reference_shapes(network) == {name: tuple(shape) for name, shape in keys.items()}
     used = standard_state(state)
     names = dust3r_key_map(network)
     assert set(used) == set(names.values())
@@ -130,11 +131,11 @@ def test_one_decoder_stands_for_both() -> None:
 
 def test_conversion_is_strict() -> None:
     state, arguments = reference.tensors("tiny_weights"), reference.tiny_arguments()
-    with pytest.raises(UserError, match=r"1 unknown, such as extra\.weight"):
+    with pytest.raises(UserError, match=r"1 not known \(extra\.weight\)"):
         convert_dust3r(state | {"extra.weight": torch.zeros(1)}, **arguments)
-    with pytest.raises(UserError, match=r"1 missing, such as dec_norm\.bias"):
+    with pytest.raises(UserError, match=r"1 missing \(dec_norm\.bias\)"):
         convert_dust3r({k: v for k, v in state.items() if k != "dec_norm.bias"}, **arguments)
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match=r"1 of another shape \(dec_norm\.bias has 3 instead of"):
         convert_dust3r(state | {"dec_norm.bias": torch.zeros(3)}, **arguments)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from fvgen.diffusion.schedule import NoiseSchedule, reference_buffers
 from fvgen.models.clip import ClipTextTower, ClipVisionTower
 from fvgen.models.image_projector import ImageProjector
-from fvgen.models.key_map import KEY_MAPS, PREFIXES, component_keys, convert_keys, ignored_reason
+from fvgen.models.key_map import KEY_MAPS, PREFIXES, component_keys, convert_keys, ignored_reason, reference_shapes
 from fvgen.models.unet import VideoUNet
 from fvgen.models.vae import make_vae
 from fvgen.recipes.presets import PRESETS
@@ -48,6 +48,12 @@ def test_every_key_is_used_once_or_ignored_with_a_reason(checkpoint) -> None:
     assert len(used) == len(set(used))
     assert not set(used) & set(ignored)
     assert set(used) | set(ignored) == set(shapes)
+
+
+def test_the_layout_is_the_references_exactly(checkpoint) -> None:
+    shapes, modules, _ = checkpoint
+    assert reference_shapes(modules) == shapes
+    assert len(shapes) == 2520
 
 
 def test_parameters_per_component(checkpoint) -> None:

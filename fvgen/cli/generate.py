@@ -15,6 +15,7 @@ from fvgen.cli.report import directory_sha256
 from fvgen.explore import explore, joined
 from fvgen.geometry.trajectory import parse_trajectory
 from fvgen.models.bundle import read_index
+from fvgen.models.prompts import check_prompt
 from fvgen.pipeline import FVGenPipeline, Photos, Prepared, find_model, nearest_aspect, photo_set
 from fvgen.sampling import choose_sampling
 from fvgen.utils.device import choose_device
@@ -52,6 +53,9 @@ def generate(arguments: argparse.Namespace, among: Workers | None = None) -> dic
                 arguments.dust3r_weights if among.main else None,
                 arguments.cpu_offload,
                 arguments.min_confidence,
+                arguments.verify and among.main,
+                arguments.prompt,
+                arguments.tokenizer,
             )
             photos: Photos = photo_set(arguments.photos, takes_mixed(arguments)) if among.main else []
         how = {"steps": arguments.steps, "sampler": arguments.sampler, "seed": arguments.seed, "callback": stages}
@@ -88,6 +92,7 @@ def _check(arguments: argparse.Namespace, world: int) -> tuple[list[tuple[int, i
         raise UserError("--then-from says where the paths of --then start; add --then or leave it out")
     model = find_model(arguments.model)
     index = read_index(model)
+    check_prompt(model, arguments.prompt, arguments.tokenizer)
     sampler, _ = choose_sampling(index, arguments.sampler, arguments.steps)
     if arguments.fast and sampler != "few_step":
         raise UserError(f"--fast shortens the few-step sampler, not the {sampler}'s; leave it out or add --sampler few_step")

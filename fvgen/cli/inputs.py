@@ -102,11 +102,13 @@ def geometry_facts(arguments: argparse.Namespace) -> dict[str, str]:
     weights = arguments.dust3r_weights
     if weights is None:
         return {}
-    from fvgen.models.dust3r.stored import WEIGHTS_FILE, file_sha256, read_report
+    from fvgen.io.digests import SUMS_FILE, file_sha256
+    from fvgen.models.dust3r.stored import read_report
 
-    if Path(weights).is_file():
-        return {"geometry_weights_sha256": file_sha256(weights)}
-    try:
-        return {"geometry_weights_sha256": str(read_report(weights)["sha256"][WEIGHTS_FILE])}
-    except (KeyError, TypeError):
-        raise UserError(f"{weights} is no directory written by `fvgen convert dust3r`; convert the checkpoint again") from None
+    file = Path(weights)
+    if not file.is_file():
+        read_report(weights)
+        file /= SUMS_FILE  # the list names every file's digest, so that its own stands for all
+    if not file.is_file():
+        raise UserError(f"{weights} is no directory written by `fvgen convert dust3r`; convert the checkpoint again")
+    return {"geometry_weights_sha256": file_sha256(file)}

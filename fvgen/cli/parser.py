@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from fvgen import __version__
 from fvgen.cli.argument_types import between, part, positive, size, whole
+from fvgen.cli.convert_arguments import convert_arguments
 from fvgen.cli.texts import BENCH, CONVERT, DISTILL, EXPORT, GENERATE, PREPARE, RENDER
 from fvgen.utils.errors import UserError
 
@@ -79,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for GPUs with little memory: keep on the CPU what a stage does not need; slower",
     )
+    generate.add_argument("--prompt", metavar="TEXT", help="for a model with its text tower (default: what it was trained with)")
+    generate.add_argument("--tokenizer", metavar="DIR", help="files of CLIP's tokenizer, for --prompt")
+    generate.add_argument(
+        "--verify", action="store_true", help="first compare the files of the model, and of DUSt3R, with their checksums"
+    )
     _outputs(generate)
 
     render = command("render", "render", "photos to point-cloud renders along the path, without a model", RENDER)
@@ -107,21 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
 
     convert = command("convert", "convert", "a downloaded checkpoint to a directory that the other commands read", CONVERT)
-    convert.add_argument("kind", choices=("dust3r", "viewcrafter"), help="what the checkpoint is of")
-    convert.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="the downloaded file: .pth, .ckpt or .safetensors")
-    convert.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    convert.add_argument(
-        "--preset",
-        choices=("viewcrafter_512", "viewcrafter_1024"),
-        help="viewcrafter: which of its models it is (default: viewcrafter_512)",
-    )
-    convert.add_argument(
-        "--dtype",
-        choices=("float16", "float32"),
-        help="precision of the stored weights (default: float32 for dust3r, float16 for viewcrafter)",
-    )
-    convert.add_argument("--verify", action="store_true", help="dust3r: only compare a finished --output with its checksums")
-    convert.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
+    convert_arguments(convert)
 
     command(
         "doctor",

@@ -141,8 +141,8 @@ examples:
 CONVERT = """\
 examples:
   fvgen convert dust3r DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth --output dust3r
-  fvgen convert dust3r --verify --output dust3r               compare with the checksums
-  fvgen convert viewcrafter model.ckpt --preset viewcrafter_1024 --output viewcrafter
+  fvgen convert viewcrafter model_sparse.ckpt --variant 1024 --output viewcrafter
+  fvgen convert viewcrafter --verify --output viewcrafter     compare with the checksums
   fvgen generate a.jpg b.jpg --dust3r-weights dust3r --model viewcrafter --output room
 
 Pickled files are read as plain tensors; nothing in them is run. Every weight has to be known: what is left out, and why, is said.

@@ -113,4 +113,4 @@ def check_buffers(state: dict[str, Tensor], base_scale: float) -> None:
     for name, expected in reference_buffers(NoiseSchedule.create(base_scale), base_scale).items():
         found = state.get(name)
         if found is not None and (found.shape != expected.shape or not torch.allclose(found.float(), expected, 1e-5, 1e-7)):
-            raise UserError(f"the checkpoint's schedule differs in {name}; use the preset of the size it was trained for")
+            raise UserError(f"the checkpoint's schedule differs in {name}; it is of another size, so give the other --variant")

@@ -85,13 +85,23 @@ def output_directory(directory: str | PathLike[str], overwrite: bool = False) ->
         UserError: as :func:`check_output`, or the disk filled up meanwhile.
     """
     path = check_output(directory, overwrite)
-    made = [p for p in reversed(path.parents) if not p.exists()]
+    with parent_folders(path), partial_folder(path) as partial:
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        _swap(partial, path)
+
+
+@contextmanager
+def parent_folders(path: Path) -> Iterator[None]:
+    """Makes the folders above a place; those that were not there go again if the block fails.
+
+    Raises:
+        UserError: the disk filled up in the block.
+    """
+    made = [p for p in reversed(path.absolute().parents) if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(path) as partial:
-            partial.chmod(0o777 & ~_umask())
-            yield partial
-            _swap(partial, path)
+        yield
     except BaseException as error:
         for folder in reversed(made):
             try:
@@ -99,7 +109,7 @@ def output_directory(directory: str | PathLike[str], overwrite: bool = False) ->
             except OSError:
                 break
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full: writing {directory} failed; free some space or choose another --output") from None
+            raise UserError(f"the disk is full: writing {path} failed; free some space or choose another --output") from None
         raise
 
 

@@ -1,8 +1,11 @@
 """A complete model on disk and in memory: four networks, two prompt embeddings and an index.
 
 model_index.json            kind, preset, sizes, sampling defaults
-unet/ vae/ image_encoder/ image_projector/      config.json, diffusion_pytorch_model.safetensors
+unet/ vae/ image_encoder/ image_projector/      config.json, diffusion_pytorch_model.safetensors (large ones in several files)
 prompt.safetensors          prompt [77, D], empty [77, D]
+text_encoder/               for other prompts, if it was kept: loaded for one only, see ``prompts.py``
+SHA256SUMS                  of all files
+README.md                   of a converted model: what it was made of
 
 Or, where only the UNet differs from another model's, that difference; see ``difference.py``.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fvgen.io.digests import verify_sums, write_sums
 from fvgen.io.durable import whole_folder
+from fvgen.io.outputs import parent_folders
 from fvgen.utils.errors import UserError
 
-from . import difference
+from . import difference, prompts
 from .spec import COMPONENTS, ModelIndex, ModelSpec
+from .tensor_files import load_tensors, save_file, save_tensors, stored_bytes, weight_files
 
 KIND = "fvgen"
-INDEX_FILE, PROMPT_FILE, WEIGHTS_FILE = "model_index.json", "prompt.safetensors", "diffusion_pytorch_model.safetensors"
+INDEX_FILE, PROMPT_FILE, CARD_FILE = "model_index.json", "prompt.safetensors", "README.md"
 _TEXT_TOKENS = 77
 
 
@@ -60,6 +67,7 @@ class ModelBundle:
         image_encoder: ``ClipVisionTower``.
         image_projector: ``ImageProjector``.
         prompt, empty: ``[77, D]`` text tokens of the fixed and of the empty prompt.
+        text_encoder: ``ClipTextTower`` of a checkpoint that is being converted; a bundle that is read has none.
     """
 
     index: ModelIndex
@@ -69,6 +77,7 @@ class ModelBundle:
     image_projector: Any
     prompt: Tensor
     empty: Tensor
+    text_encoder: Any = None
 
     @staticmethod
     def random(spec: ModelSpec, seed: int = 0) -> ModelBundle:
@@ -81,9 +90,17 @@ class ModelBundle:
 
     @staticmethod
     def from_pretrained(
-        directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        directory: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        verify: bool = False,
     ) -> ModelBundle:
         """Read a model directory; networks are in eval mode.
+
+        Args:
+            directory: of the model.
+            device, dtype: of the weights.
+            verify: compare all files with their checksums first, see :func:`verify_model`.
 
         Raises:
             UserError: it is no model directory, is of another kind, or a part of it is missing or does not fit.
@@ -93,13 +110,14 @@ class ModelBundle:
 
         root = Path(directory)
         index = read_index(root)
+        if verify:
+            verify_model(root)
         if (root / difference.FILE).is_file():
             bundle = ModelBundle.from_pretrained(difference.base_directory(root))
             difference.add_difference(bundle.unet, root)
             bundle.index = index
             return bundle.to(device, dtype)
-        missing = [f"{name}/{file}" for name in COMPONENTS for file in ("config.json", WEIGHTS_FILE)] + [PROMPT_FILE]
-        missing = [part for part in missing if not (root / part).is_file()]
+        missing = [part for part in model_files(root) if not (root / part).is_file()]
         if missing:
             raise UserError(f"the model directory {root} is incomplete: {', '.join(missing)} missing; save or download it again")
         parts = {}
@@ -109,40 +127,64 @@ class ModelBundle:
             except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise UserError(f"the {name} in {root} cannot be loaded ({str(error).splitlines()[0]}); save it again") from error
         try:
-            prompts = load_file(root / PROMPT_FILE)
+            tokens = load_file(root / PROMPT_FILE)
         except SafetensorError as error:
             raise UserError(f"{root / PROMPT_FILE} cannot be loaded ({error}); save the model again") from error
-        if not {"prompt", "empty"} <= set(prompts):
-            raise UserError(f"{root / PROMPT_FILE} must hold the tensors prompt and empty, has {sorted(prompts)}")
-        prompt, empty = (prompts[k].to(device=device, dtype=dtype) for k in ("prompt", "empty"))
+        if not {"prompt", "empty"} <= set(tokens):
+            raise UserError(f"{root / PROMPT_FILE} must hold the tensors prompt and empty, has {sorted(tokens)}")
+        prompt, empty = (tokens[k].to(device=device, dtype=dtype) for k in ("prompt", "empty"))
         return ModelBundle(index, prompt=prompt, empty=empty, **parts)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        card: str | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         """Write a model directory: first beside its place, then renamed, so that it is never there in part.
 
         Args:
             directory: is created; an earlier model directory is replaced.
             dtype: type of the stored floating-point weights, None to keep theirs.
+            card: content of its README.md; None writes none.
+            progress: called with the share of the work that is done.
 
         Raises:
-            UserError: the directory holds something else than a model.
+            UserError: the directory holds something else than a model, a weight is not finite in ``dtype``, or the disk is full.
         """
         root = Path(directory)
         if root.exists() and not (root / INDEX_FILE).is_file() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(f"{root} is not a model directory and will not be overwritten; choose another place")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(root) as new:
-            self._write(new, dtype)
+        with parent_folders(root), whole_folder(root) as new:
+            self._write(new, dtype, card, progress or (lambda _share: None))
 
-    def _write(self, root: Path, dtype: torch.dtype | None) -> None:
-        for name in COMPONENTS:
+    def _write(self, root: Path, dtype: torch.dtype | None, card: str | None, progress: Callable[[float], None]) -> None:
+        total, done = 2 * self.stored_bytes(dtype), 0  # written, and read again for the checksums
+
+        def written(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(min(done / total, 0.999))
+
+        for name in self._stored():
             module = getattr(self, name)
             module.save_config(root / name)
             _forget_origin(root / name / "config.json")
-            _save(module.state_dict(), root / name / WEIGHTS_FILE, dtype)
-        _save({"prompt": self.prompt, "empty": self.empty}, root / PROMPT_FILE, dtype)
+            save_tensors(module.state_dict(), root / name, dtype, written)
+        save_file({"prompt": self.prompt, "empty": self.empty}, root / PROMPT_FILE, dtype)
         index = {"kind": KIND, **self.index.to_dict()}
         (root / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        if card is not None:
+            (root / CARD_FILE).write_text(card, encoding="utf-8")
+        write_sums(root, written)
+
+    def stored_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that the weights take on the disk."""
+        return sum(stored_bytes(getattr(self, name).state_dict(), dtype) for name in self._stored())
+
+    def _stored(self) -> tuple[str, ...]:
+        return COMPONENTS if self.text_encoder is None else (*COMPONENTS, prompts.FOLDER)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ModelBundle:
         """Move or cast every part in place; returns itself."""
@@ -167,7 +209,7 @@ def read_index(directory: str | os.PathLike[str]) -> ModelIndex:
         raise UserError(f"{Path(directory)} is not a model directory: it has no {INDEX_FILE}")
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise UserError(f"{path} is not valid JSON ({error}); save the model again") from error
     kind = values.pop("kind", values.get("_class_name", "unknown")) if isinstance(values, dict) else "unknown"
     if kind != KIND:
@@ -187,24 +229,37 @@ def _forget_origin(config: Path) -> None:
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _save(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    from safetensors.torch import save_file
-
-    stored = {}
-    for name, value in tensors.items():
-        value = value.detach().cpu()
-        stored[name] = (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
-    save_file(stored, path, metadata={"format": "pt"})
-
-
 def _load(name: str, directory: Path) -> nn.Module:
     """A component from its folder, strictly."""
-    from safetensors.torch import load_file
-
     cls = component_class(name)
     config = cls.load_config(directory)
-    state = load_file(directory / WEIGHTS_FILE)
+    state = load_tensors(directory)
     with torch.device("meta"):
         module = cls.from_config(config)
     module.load_state_dict(state, strict=True, assign=True)
     return module
+
+
+def model_files(root: Path) -> list[str]:
+    """Names, relative to a model directory, of the files that make it up."""
+    if (root / difference.FILE).is_file():
+        return [INDEX_FILE, difference.FILE]
+    names = (*COMPONENTS, prompts.FOLDER) if (root / prompts.FOLDER).is_dir() else COMPONENTS
+    parts = [f"{name}/{file}" for name in names for file in ("config.json", *weight_files(root / name))]
+    return [INDEX_FILE, *parts, PROMPT_FILE]
+
+
+def verify_model(directory: str | os.PathLike[str]) -> dict[str, str]:
+    """Compares the files of a model directory with its checksums and returns them, ``{name: SHA-256}``; of a stored difference
+    those of the other model, too.
+
+    Raises:
+        UserError: it is no model directory, has no checksums, or a file differs or is missing.
+    """
+    root = Path(directory)
+    read_index(root)
+    digests = verify_sums(root, model_files(root))
+    if (root / difference.FILE).is_file():
+        base = difference.base_directory(root)
+        digests |= {f"{base}/{name}": digest for name, digest in verify_model(base).items()}
+    return digests

@@ -3,60 +3,52 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fvgen.utils.errors import UserError
 
 from .bundle import ModelBundle, build_component
-from .key_map import KEY_MAPS, PREFIXES, check_complete, convert_keys, ignored_reason
+from .key_map import KEY_MAPS, PREFIXES, check_fit, convert_keys, reference_shapes
+from .prompts import embed
 from .spec import COMPONENTS, ModelSpec
 from .tokenizer import PROMPT, tokenize
+from .weights_file import read_weights
 
-_DEEPSPEED_PREFIX = "_forward_module."
+_DEEPSPEED_PREFIX = len("_forward_module.")
 
 
 def read_reference_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint file under today's reference names.
+    """The state dict of a checkpoint file under today's reference names, mapped into memory.
 
-    Understood are safetensors files, files with a ``state_dict`` and DeepSpeed files with a ``module``. Older files call the
-    frame-rate embedding ``framestride_embed``.
+    Understood are the reference's two kinds of files by its own rules. In a file with a ``state_dict``, and in one of nothing but
+    weights, the older name ``framestride_embed`` is the frame-rate embedding. In a DeepSpeed file with a ``module`` the first 16
+    characters of every name are cut off, whatever they are.
 
     Raises:
-        UserError: the file is missing or holds none of these.
+        UserError: the file is missing, damaged, or holds none of these.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"there is no checkpoint file {file}; check the path")
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state: Any = load_file(file)
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a readable safetensors file ({error}); get the checkpoint again") from None
+    file = read_weights(path, "viewcrafter")
+    if file.holder == "module":
+        names = {key: key[_DEEPSPEED_PREFIX:] for key in file.tensors}
     else:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            objects = isinstance(error, pickle.UnpicklingError)
-            reason = "it is no PyTorch file or holds other objects" if objects else str(error).splitlines()[0]
-            raise UserError(f"{file} cannot be read as plain weights ({reason}); save its weights as safetensors") from None
-        state = content.get("state_dict", content.get("module")) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{file} holds neither a state_dict nor a module; give the checkpoint file of ViewCrafter")
-    names = {key: key.removeprefix(_DEEPSPEED_PREFIX).replace("framestride_embed", "fps_embedding") for key in state}
-    return {names[key]: value for key, value in state.items()}
+        names = {key: key.replace("framestride_embed", "fps_embedding") for key in file.tensors}
+    if len(set(names.values())) < len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names.values() if name in seen or seen.add(name))
+        raise UserError(f"{path} has two weights for {twice!r}; get the original file")
+    return {names[key]: value for key, value in file.tensors.items()}
 
 
-def convert_reference(state: dict[str, Tensor], spec: ModelSpec) -> ModelBundle:
-    """A bundle with the weights of a reference state dict. Prompt embeddings come from its text tower, which is not kept.
+def convert_reference(state: dict[str, Tensor], spec: ModelSpec, keep_text_tower: bool = False) -> ModelBundle:
+    """A bundle with the weights of a reference state dict, as they are there. Prompt embeddings come from its text tower.
+
+    Args:
+        state: under today's reference names.
+        spec: sizes of the networks.
+        keep_text_tower: whether the bundle has it, too, for other prompts.
 
     Raises:
         UserError: a weight is missing, unknown, or has a shape that ``spec`` does not expect.
@@ -66,23 +58,12 @@ def convert_reference(state: dict[str, Tensor], spec: ModelSpec) -> ModelBundle:
     with torch.device("meta"):
         tower: Any = ClipTextTower(**spec.text_encoder)
         parts: dict[str, Any] = {name: build_component(name, getattr(spec, name)) for name in COMPONENTS}
-    blocks = len(tower.blocks)
-    used = [key for key in state if ignored_reason(key, blocks) is None]
     modules = {**parts, "text_encoder": tower}
-    maps = {name: KEY_MAPS[name](module) for name, module in modules.items()}
-    check_complete(used, [PREFIXES[name] + theirs for name, names in maps.items() for theirs in names.values()])
+    check_fit(state, reference_shapes(modules))
     for name, module in modules.items():
-        prefix = PREFIXES[name]
-        weights = {key.removeprefix(prefix): state[key] for key in used if key.startswith(prefix)}
-        module.load_state_dict(convert_keys(weights, maps[name], module), strict=True, assign=True)
-        module.float().eval()
-    prompt, empty = embed_prompts(tower)
-    return ModelBundle(spec.index, prompt=prompt, empty=empty, **parts)
-
-
-@torch.no_grad()
-def embed_prompts(tower: nn.Module) -> tuple[Tensor, Tensor]:
-    """Text tokens ``[77, D]`` of the fixed prompt and of the empty one."""
-    ids = torch.tensor([tokenize(PROMPT), tokenize("")])
-    prompt, empty = tower(ids).unbind(0)
-    return prompt.clone(), empty.clone()
+        names = KEY_MAPS[name](module)
+        weights = {theirs: state[PREFIXES[name] + theirs] for theirs in names.values()}
+        module.load_state_dict(convert_keys(weights, names, module), strict=True, assign=True)
+        module.eval()
+    prompt, empty = embed(tower, [tokenize(PROMPT), tokenize("")])
+    return ModelBundle(spec.index, prompt=prompt, empty=empty, **parts, text_encoder=tower if keep_text_tower else None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fvgen.io.digests import write_sums
 from fvgen.io.durable import whole_folder
 from fvgen.utils.errors import UserError
 
@@ -57,6 +58,7 @@ def save_difference(model: ModelBundle, base: ModelBundle, base_directory: str, 
         save_file({**tensors, _SCALES: torch.stack(scales)}, new / FILE)
         index = {"kind": "fvgen", **model.index.to_dict(), BASE: base_directory}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_sums(new)
 
 
 def base_directory(root: Path) -> Path:

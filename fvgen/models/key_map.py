@@ -6,7 +6,8 @@ trailing ones: kernels of size 1 in the reference are plain matrices here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ PREFIXES = {
     "image_projector": "image_proj_model.",
 }
 
+_NAMED = 3  # in a message
 _MLP = {"linear_1": "0", "linear_2": "2"}
 _ATTENTION = {
     "to_q": "to_q",
@@ -199,25 +201,84 @@ KEY_MAPS = {
 }
 
 
+SCHEDULE_BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "scale_arr",
+)
+_POOLED = ("text_projection", "logit_scale")  # of a text tower
+_TEXT_SIDE = (*_POOLED, "positional_embedding", "token_embedding.weight", "ln_final.weight", "ln_final.bias")
+_POOLED_IMAGE = ("visual.ln_post.weight", "visual.ln_post.bias", "visual.proj")
+_TEXT_BLOCK = re.compile(re.escape(PREFIXES["text_encoder"]) + r"transformer\.resblocks\.(\d+)\.")
+_REASONS = {
+    "schedule buffer: computed, and compared with the checkpoint when one is converted": SCHEDULE_BUFFERS,
+    "pooled text output is not used": [PREFIXES["text_encoder"] + name for name in _POOLED],
+    "image tokens are taken before the final norm and the projection": [PREFIXES["image_encoder"] + k for k in _POOLED_IMAGE],
+    "text side of the image tower's CLIP model": [PREFIXES["image_encoder"] + name for name in _TEXT_SIDE],
+}
+_IGNORED = {name: reason for reason, names in _REASONS.items() for name in names}
+
+
 def ignored_reason(key: str, text_blocks: int = 23) -> str | None:
-    """Why a reference key (with its prefix) belongs to no network here, or None when it has to be used.
+    """Why a reference key (with its prefix) belongs to no network here, or None when it has to be used or is not known.
 
     Args:
         key: full name in the reference state dict.
         text_blocks: blocks of the text tower that run; later ones are not kept.
     """
-    if "." not in key:
-        return "schedule buffer: computed, and compared with the checkpoint when one is converted"
-    text, image = PREFIXES["text_encoder"], PREFIXES["image_encoder"]
-    if key in (text + "text_projection", text + "logit_scale"):
-        return "pooled text output is not used"
-    if key.startswith(text + "transformer.resblocks.") and int(key.split(".")[4]) >= text_blocks:
+    block = _TEXT_BLOCK.match(key)
+    if block and int(block[1]) >= text_blocks:
         return "the penultimate layer is used, so the last text block does not run"
-    if key.startswith((image + "visual.ln_post", image + "visual.proj")):
-        return "image tokens are taken before the final norm and the projection"
-    if key.startswith(image) and not key.startswith(image + "visual."):
-        return "text side of the image tower's CLIP model"
-    return None
+    return _IGNORED.get(key)
+
+
+def reference_shapes(modules: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every key of a reference checkpoint with its shape, those that no network here uses included.
+
+    Args:
+        modules: the four components and ``text_encoder``; meta weights do.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        state = module.state_dict()
+        for ours, theirs in KEY_MAPS[name](module).items():
+            shapes[PREFIXES[name] + theirs] = tuple(state[ours].shape) + (1,) * _kernel_sides(name, ours, state[ours])
+    text, image = PREFIXES["text_encoder"], PREFIXES["image_encoder"]
+    config, width = modules["text_encoder"].config, modules["image_encoder"].config.width
+    last, size = len(modules["text_encoder"].blocks) - 1, config.width
+    for key in [key for key in shapes if key.startswith(f"{text}transformer.resblocks.{last}.")]:
+        for block in range(last + 1, config.layers):
+            shapes[key.replace(f".{last}.", f".{block}.", 1)] = shapes[key]
+    side = {
+        "text_projection": (size, size),
+        "logit_scale": (),
+        "positional_embedding": (config.context_length, size),
+        "token_embedding.weight": (config.vocab_size, size),
+        "ln_final.weight": (size,),
+        "ln_final.bias": (size,),
+    }
+    shapes |= {text + name: side[name] for name in _POOLED} | {image + name: side[name] for name in _TEXT_SIDE}
+    shapes |= dict(zip((image + name for name in _POOLED_IMAGE), ((width,), (width,), (width, size)), strict=True))
+    return shapes | {name: (1400,) if name == "scale_arr" else (1000,) for name in SCHEDULE_BUFFERS}
+
+
+def _kernel_sides(component: str, name: str, value: Tensor) -> int:
+    """Sides of 1 that the reference's kernel has where ours is a matrix, or a kernel with fewer axes."""
+    if component == "vae":
+        return 2 if "attentions" in name and value.ndim == 2 else 0
+    if component == "unet" and name.endswith(".weight"):
+        return 1 if ".temporal_conv.convs." in name or name.startswith("temporal_in.proj_") else 0
+    return 0
 
 
 def convert_keys(state: dict[str, Tensor], names: dict[str, str], module: nn.Module) -> dict[str, Tensor]:
@@ -231,30 +292,46 @@ def convert_keys(state: dict[str, Tensor], names: dict[str, str], module: nn.Mod
     Raises:
         UserError: a weight is missing, left over, or has another shape.
     """
-    check_complete(state, names.values())
-    converted = {}
-    for name, parameter in module.state_dict().items():
-        value = state[names[name]]
-        shape = tuple(value.shape)
-        while len(shape) > parameter.ndim and shape[-1] == 1:
-            shape = shape[:-1]
-        if shape != tuple(parameter.shape):
-            raise UserError(
-                f"the weight {names[name]} has shape {tuple(value.shape)} where {tuple(parameter.shape)} is expected; "
-                "the checkpoint belongs to another configuration"
-            )
-        converted[name] = value.reshape(shape)
-    return converted
+    ours = module.state_dict()
+    check_fit(state, {theirs: tuple(ours[name].shape) for name, theirs in names.items()})
+    return {name: state[theirs].reshape(ours[name].shape) for name, theirs in names.items()}
 
 
-def check_complete(found: Iterable[str], expected: Iterable[str]) -> None:
-    """Raises UserError unless both hold the same names."""
-    found, expected = set(found), set(expected)
+def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes; sides of 1 at the end of a shape do not count.
+
+    Raises:
+        UserError: they differ; the message names the first few weights that are missing, not known, or of another shape.
+    """
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} has {_sides(found[name].shape)} instead of {_sides(shape)}"
+        for name, shape in expected.items()
+        if name in found and _without_ones(found[name].shape) != _without_ones(shape)
+    ]
+    kinds = {"missing": missing, "not known": unknown, "of another shape": misshapen}
     problems = [
-        f"{len(s)} {what}, such as {min(s)}" for s, what in ((expected - found, "missing"), (found - expected, "unknown")) if s
+        f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+        for kind, names in kinds.items()
+        if names
     ]
     if problems:
-        raise UserError(f"the checkpoint does not fit this configuration: weights {' and '.join(problems)}")
+        raise UserError(
+            f"the checkpoint does not fit this model: of its weights {'; '.join(problems)}; it may be of another version or "
+            "damaged, so get the original file"
+        )
+
+
+def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
+    sides = tuple(shape)
+    while sides and sides[-1] == 1:
+        sides = sides[:-1]
+    return sides
+
+
+def _sides(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
 
 
 def component_keys(keys: Iterable[str], component: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fvgen.utils.errors import UserError
 
+_KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
 COMPONENTS = ("unet", "vae", "image_encoder", "image_projector")
 
 
@@ -47,11 +48,14 @@ class ModelIndex:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelIndex:
-        """Raises UserError when a required field is missing; unknown fields are ignored."""
+        """Raises UserError when a required field is missing or of another type; unknown fields are ignored."""
         known = {f.name for f in fields(ModelIndex)}
         missing = [name for name in ("preset", "height", "width", "frames") if name not in values]
         if missing:
             raise UserError(f"model_index.json lacks {', '.join(missing)}; save the model again")
+        for kind in fields(ModelIndex):
+            if kind.name in values and not isinstance(values[kind.name], _KINDS[str(kind.type)]):
+                raise UserError(f"model_index.json has {values[kind.name]!r} for {kind.name}; save the model again")
         return ModelIndex(**{k: v for k, v in values.items() if k in known})
 
     def sizes(self) -> list[tuple[int, int]]:

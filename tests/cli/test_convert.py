@@ -84,14 +84,14 @@ def test_nothing_is_left_of_a_failure(fvgen: Run, checkpoint: Path, tmp_path: Pa
     (tmp_path / "garbage.pth").write_bytes(b"\x00garbage")
     torch.save({"weights": {}}, tmp_path / "other.pth")
     cases: dict[str, list[object]] = {
-        "cannot be read as plain weights": ["dust3r", tmp_path / "garbage.pth"],
+        "no checkpoint of PyTorch": ["dust3r", tmp_path / "garbage.pth"],
         "there is no checkpoint file": ["dust3r", tmp_path / "none.pth"],
         "give the checkpoint file": ["dust3r"],
-        "--preset belongs to viewcrafter": ["dust3r", checkpoint, "--preset", "viewcrafter_512"],
-        "neither a state_dict nor a module": ["viewcrafter", tmp_path / "other.pth"],
-        "or holds other objects": ["viewcrafter", checkpoint],
-        "it is no PyTorch file": ["viewcrafter", tmp_path / "garbage.pth"],
-        "--verify belongs to dust3r": ["viewcrafter", "--verify"],
+        "--variant belongs to viewcrafter": ["dust3r", checkpoint, "--preset", "viewcrafter_512"],
+        "none of state_dict, module, model": ["viewcrafter", tmp_path / "other.pth"],
+        "is a checkpoint of DUSt3R; use `fvgen convert dust3r": ["viewcrafter", checkpoint],
+        "download it again": ["viewcrafter", tmp_path / "garbage.pth"],
+        "is not a model directory": ["viewcrafter", "--verify"],
         "no directory written by": ["dust3r", "--verify"],
     }
     for words, command in cases.items():
@@ -101,12 +101,12 @@ def test_nothing_is_left_of_a_failure(fvgen: Run, checkpoint: Path, tmp_path: Pa
     status, _, err = fvgen("convert", "viewcrafter", checkpoint, "--output", tmp_path / "garbage.pth" / "deep")
     assert status == 2
     assert "cannot write into" in err
-    monkeypatch.setattr("fvgen.models.dust3r.stored.file_sha256", _interrupt)
+    monkeypatch.setattr("fvgen.models.weights_file.file_sha256", _interrupt)
     assert fvgen("convert", "dust3r", checkpoint, "--output", tmp_path / "out")[0] == 130
     assert {p.name for p in tmp_path.iterdir()} == before | {"garbage.pth", "other.pth"}
 
 
-def _interrupt(_path: object) -> str:
+def _interrupt(*_: object) -> str:
     raise KeyboardInterrupt
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,26 +9,19 @@ import torch
 from safetensors.torch import save_file
 
 from fvgen.diffusion.convert import convert_checkpoint
-from fvgen.diffusion.schedule import NoiseSchedule, check_buffers, reference_buffers
 from fvgen.models.bundle import ModelBundle, build_component, read_index
-from fvgen.models.checkpoint import convert_reference, read_reference_checkpoint
+from fvgen.models.checkpoint import read_reference_checkpoint
 from fvgen.models.clip import ClipTextTower
 from fvgen.models.key_map import KEY_MAPS, PREFIXES, ignored_reason
 from fvgen.models.spec import COMPONENTS, ModelSpec
 from fvgen.recipes.presets import PRESETS, get_preset
 from fvgen.utils.errors import UserError
+from tests.reference_checkpoints import LAYOUTS, viewcrafter_spec, viewcrafter_state, write_viewcrafter
 
 
 @pytest.fixture(scope="module")
 def spec() -> ModelSpec:
-    """The tiny preset, made smaller still."""
-    tiny = get_preset("tiny")
-    return replace(
-        tiny,
-        unet={**tiny.unet, "model_channels": 32},
-        vae={**tiny.vae, "block_out_channels": (16, 16)},
-        text_encoder={"vocab_size": 49408, "width": 64, "layers": 2, "heads": 2},
-    )
+    return viewcrafter_spec("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +57,13 @@ def test_round_trip(bundle: ModelBundle, tmp_path: Path) -> None:
     assert torch.equal(loaded.unet(x, torch.tensor([9]), context), bundle.unet(x, torch.tensor([9]), context))
 
 
+def test_an_empty_directory_is_taken(bundle: ModelBundle, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    bundle.save_pretrained(tmp_path / "model")
+    assert read_index(tmp_path / "model") == bundle.index
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_half_precision_file_and_replacement(bundle: ModelBundle, tmp_path: Path) -> None:
     bundle.save_pretrained(tmp_path / "model")
     bundle.save_pretrained(tmp_path / "model", dtype=torch.float16)
@@ -77,11 +77,12 @@ def test_a_failed_write_leaves_the_old_model(bundle: ModelBundle, tmp_path: Path
     bundle.save_pretrained(tmp_path / "model")
 
     def full(*_: object, **__: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        bundle.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("fvgen.models.tensor_files.stored", full)
+    for place in (tmp_path / "model", tmp_path / "new" / "deep" / "model"):
+        with pytest.raises(UserError, match="the disk is full"):
+            bundle.save_pretrained(place)
     ModelBundle.from_pretrained(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -111,6 +112,12 @@ def test_wrong_weights_and_kinds(bundle: ModelBundle, tmp_path: Path) -> None:
     (root / "model_index.json").write_text(json.dumps({"kind": "fvgen"}))
     with pytest.raises(UserError, match="lacks preset"):
         read_index(root)
+    (root / "model_index.json").write_text(json.dumps({"kind": "fvgen", **bundle.index.to_dict(), "height": "tall"}))
+    with pytest.raises(UserError, match="has 'tall' for height"):
+        read_index(root)
+    (root / "model_index.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_index(root)
 
 
 def test_other_directories_are_not_overwritten(bundle: ModelBundle, tmp_path: Path) -> None:
@@ -120,34 +127,15 @@ def test_other_directories_are_not_overwritten(bundle: ModelBundle, tmp_path: Pa
     assert (tmp_path / "photo.jpg").exists()
 
 
-def reference_state(spec: ModelSpec, bundle: ModelBundle) -> dict[str, torch.Tensor]:
-    """A checkpoint in the reference layout, made from a bundle by the key maps alone."""
-    modules = {name: getattr(bundle, name) for name in COMPONENTS} | {"text_encoder": ClipTextTower(**spec.text_encoder)}
-    state = {}
-    for name, module in modules.items():
-        weights = module.state_dict()
-        for ours, theirs in KEY_MAPS[name](module).items():
-            value = weights[ours]
-            is_kernel = name == "vae" and "attentions" in ours and value.ndim == 2
-            state[PREFIXES[name] + theirs] = value[:, :, None, None] if is_kernel else value
-    state |= reference_buffers(NoiseSchedule.create(spec.index.base_scale), spec.index.base_scale)
-    state[PREFIXES["image_encoder"] + "visual.proj"] = torch.zeros(1)
-    state[PREFIXES["text_encoder"] + "transformer.resblocks.1.ln_1.weight"] = torch.zeros(64)
-    return state
-
-
-@pytest.mark.parametrize("layout", ["state_dict", "module", "safetensors"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "safetensors"])
 def test_checkpoint_conversion(spec: ModelSpec, bundle: ModelBundle, tmp_path: Path, layout: str) -> None:
-    state = reference_state(spec, bundle)
+    state = viewcrafter_state(spec, bundle)
+    path = tmp_path / ("model.safetensors" if layout == "safetensors" else "model.ckpt")
     if layout == "safetensors":
-        path = tmp_path / "model.safetensors"
-        save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
+        save_file(state, path)
     else:
-        path = tmp_path / "model.ckpt"
-        renamed = {k.replace("fps_embedding", "framestride_embed"): v for k, v in state.items()}
-        torch.save({layout: {("_forward_module." if layout == "module" else "") + k: v for k, v in renamed.items()}}, path)
-    read = read_reference_checkpoint(path)
-    assert set(read) == set(state)
+        write_viewcrafter(path, state, layout)
+    assert set(read_reference_checkpoint(path)) == set(state)
     converted = convert_checkpoint(path, spec)
     assert (converted.index.sampler, converted.index.steps, converted.index.guidance_scale) == ("ddim", 50, 7.5)
     for name in COMPONENTS:
@@ -155,21 +143,6 @@ def test_checkpoint_conversion(spec: ModelSpec, bundle: ModelBundle, tmp_path: P
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert converted.prompt.shape == (77, 64)
     assert not torch.equal(converted.prompt, converted.empty)
-
-
-def test_checkpoint_that_does_not_fit(spec: ModelSpec, bundle: ModelBundle, tmp_path: Path) -> None:
-    state = reference_state(spec, bundle)
-    lacking = {k: v for k, v in state.items() if k != "model.diffusion_model.out.2.bias"}
-    with pytest.raises(UserError, match=r"1 missing, such as model\.diffusion_model\.out\.2\.bias"):
-        convert_reference(lacking, spec)
-    with pytest.raises(UserError, match=r"1 unknown, such as extra\.weight"):
-        convert_reference(state | {"extra.weight": torch.zeros(1)}, spec)
-    with pytest.raises(UserError, match="has shape"):
-        convert_reference(state | {"model.diffusion_model.out.2.bias": torch.zeros(3)}, spec)
-    with pytest.raises(UserError, match="differs in scale_arr"):
-        check_buffers(state, 0.3)
-    with pytest.raises(UserError, match="no checkpoint file"):
-        read_reference_checkpoint(tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from fvgen.utils.errors import UserError
 
 _ENCODER = {
     "norm_self": "norm1",
@@ -32,6 +36,7 @@ _STEM = {
 }
 _UNIT = {"conv_1": "conv1", "conv_2": "conv2"}
 _ALIAS = re.compile(r"(downstream_head[12]\.dpt\.scratch\.)layer_rn\.(\d)(\..+)")
+_FIRST_UNIT = re.compile(r"downstream_head[12]\.dpt\.scratch\.refinenet4\.resConfUnit1\.conv[12]\.(weight|bias)")
 
 
 def dust3r_key_map(network: Any) -> dict[str, str]:
@@ -65,9 +70,52 @@ def unused_reason(key: str) -> str | None:
     """Why a reference key belongs to no weight of the network, or None when it has to be used."""
     if key == "mask_token":
         return "the mask token belongs to the pretraining of the encoder"
-    if re.fullmatch(r"downstream_head[12]\.dpt\.scratch\.refinenet4\.resConfUnit1\..+", key):
+    if _FIRST_UNIT.fullmatch(key):
         return "the coarsest level has no path to be added to, so its first residual unit does not run"
     return None
+
+
+def reference_shapes(network: Any, keys: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Every key of a reference checkpoint with its shape, second names and unused weights included.
+
+    Args:
+        network: a ``Dust3rNetwork``; meta weights do.
+        keys: of the checkpoint at hand. It may have one decoder for both, one of the two names of a head's input convolutions,
+            and may lack what is not used.
+    """
+    state, names = network.state_dict(), dust3r_key_map(network)
+    shapes = {theirs: tuple(state[ours].shape) for ours, theirs in names.items()}
+    shapes["mask_token"] = (1, 1, network.config["decoder_width"])
+    second, wide = {}, network.config["feature_width"]
+    for number in (1, 2):
+        scratch = f"downstream_head{number}.dpt.scratch."
+        second |= {f"{scratch}layer_rn.{i}.weight": f"{scratch}layer{i + 1}_rn.weight" for i in range(4)}
+        for n in (1, 2):
+            unit = f"{scratch}refinenet4.resConfUnit1.conv{n}."
+            shapes |= {f"{unit}weight": (wide, wide, 3, 3), f"{unit}bias": (wide,)}
+    shapes |= {alias: shapes[name] for alias, name in second.items()}
+    found = set(keys)
+    if not found:
+        return shapes
+    spare = {key for key in shapes if unused_reason(key)}
+    for alias, name in second.items():
+        spare |= {name} if alias in found else {alias} if name in found else set()
+    if not any(key.startswith("dec_blocks2.") for key in found):
+        spare |= {key for key in shapes if key.startswith("dec_blocks2.")}
+    return {key: shape for key, shape in shapes.items() if key in found or key not in spare}
+
+
+def check_second_names(state: dict[str, Tensor]) -> None:
+    """Raises UserError where two names of a weight stand for different values."""
+    for key, value in state.items():
+        alias = _ALIAS.fullmatch(key)
+        first = _first_name(alias) if alias else key
+        if first != key and first in state and not torch.equal(state[first], value):
+            raise UserError(f"the weights {first} and {key} differ and must be the same tensor; get the original file")
+
+
+def _first_name(alias: re.Match[str]) -> str:
+    return f"{alias[1]}layer{int(alias[2]) + 1}_rn{alias[3]}"
 
 
 def standard_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +127,7 @@ def standard_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         alias = _ALIAS.fullmatch(key)
         if alias:
-            key = f"{alias[1]}layer{int(alias[2]) + 1}_rn{alias[3]}"
+            key = _first_name(alias)
             if key in state:
                 continue
         if unused_reason(key) is None:

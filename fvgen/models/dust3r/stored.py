@@ -1,20 +1,26 @@
 """A converted DUSt3R network as a directory.
 
-config.json, diffusion_pytorch_model.safetensors      the network, in diffusers' layout
-report.json                                           where it came from, what became of every weight, SHA-256 of both files
+config.json, diffusion_pytorch_model.safetensors      the network, in diffusers' layout; the weights may be in several files
+report.json                                           where it came from, what became of every weight
+README.md                                             the same in words
+SHA256SUMS                                            of all files
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fvgen.io.digests import verify_sums, write_sums
+from fvgen.models.card import model_card
+from fvgen.models.tensor_files import load_tensors, save_tensors, weight_files
+from fvgen.models.weights_file import checked_sha256
 from fvgen.utils.errors import UserError
 
 from .checkpoint import load_dust3r
@@ -22,7 +28,7 @@ from .key_map import dust3r_key_map, standard_state, unused_reason
 from .network import Dust3rNetwork
 
 KIND = "fvgen dust3r"
-CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE = "config.json", "diffusion_pytorch_model.safetensors", "report.json"
+CONFIG_FILE, REPORT_FILE, CARD_FILE = "config.json", "report.json", "README.md"
 
 
 def key_report(state: dict[str, Tensor], network: Dust3rNetwork) -> dict[str, Any]:
@@ -47,64 +53,85 @@ def key_report(state: dict[str, Tensor], network: Dust3rNetwork) -> dict[str, An
     }
 
 
-def write_dust3r(network: Dust3rNetwork, directory: str | os.PathLike[str], facts: dict[str, Any], dtype: torch.dtype) -> None:
-    """Writes network and report into an empty folder.
+def write_dust3r(
+    network: Dust3rNetwork,
+    directory: str | os.PathLike[str],
+    facts: dict[str, Any],
+    dtype: torch.dtype,
+    written: Callable[[int], None] | None = None,
+) -> None:
+    """Writes network, report, card and checksums into an empty folder.
 
     Args:
         network: on any device.
         directory: exists.
-        facts: for the report.
+        facts: for the report; ``source`` with name and SHA-256 for the card.
         dtype: of the stored weights.
-    """
-    from safetensors.torch import save_file
+        written: called with the bytes of every weight that is written, and of every piece that is read again for the checksums.
 
+    Raises:
+        UserError: a weight is not finite in ``dtype``, or the disk is full.
+    """
     root = Path(directory)
     network.save_config(root)
-    weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, root / WEIGHTS_FILE, metadata={"format": "pt"})
-    digests = {name: file_sha256(root / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    report = {"kind": KIND, **facts, "sha256": digests}
+    save_tensors(network.state_dict(), root, dtype, written)
+    report = {"kind": KIND, **facts}
     (root / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    source = facts.get("source", {})
+    card = model_card(
+        "dust3r", source.get("name", ""), source.get("sha256", ""), f"{network.config['image_size']} with DPT head", dtype
+    )
+    (root / CARD_FILE).write_text(card, encoding="utf-8")
+    write_sums(root, written)
 
 
-def read_dust3r(path: str | os.PathLike[str]) -> Dust3rNetwork:
+def read_dust3r(path: str | os.PathLike[str], verify: bool = False) -> Dust3rNetwork:
     """The network, in float32 and eval mode, of a directory written by :func:`write_dust3r` or of a reference checkpoint file.
+
+    Args:
+        path: of either.
+        verify: compare a directory's files with their checksums first, or a checkpoint's tensors with those in the file.
 
     Raises:
         UserError: there is neither, or it is damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     root = Path(path)
     if root.is_file():
+        if verify:
+            checked_sha256(root)
         return load_dust3r(root)
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (root / name).is_file()]
+    missing = [name for name in network_files(root) if not (root / name).is_file()]
     if missing:
         raise UserError(f"{root} holds no DUSt3R network ({', '.join(missing)} missing); make one with `fvgen convert dust3r`")
+    if verify:
+        verify_dust3r(root)
     try:
         with torch.device("meta"):
             network = Dust3rNetwork.from_config(Dust3rNetwork.load_config(root))
-        state = {name: value.float() for name, value in load_file(root / WEIGHTS_FILE).items()}
+        state = {name: value.float() for name, value in load_tensors(root).items()}
         network.load_state_dict(state, strict=True, assign=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the DUSt3R network in {root} cannot be loaded ({reason}); convert the checkpoint again") from error
     return network.eval()
 
 
+def network_files(root: Path) -> list[str]:
+    """Names of the files of a directory that make up the network."""
+    return [CONFIG_FILE, *weight_files(root)]
+
+
 def verify_dust3r(directory: str | os.PathLike[str]) -> dict[str, str]:
-    """Compares the files of a directory with the SHA-256 in its report and returns them.
+    """Compares the files of a directory with its checksums and returns them, ``{name: SHA-256}``.
 
     Raises:
-        UserError: it has no report, or a file differs.
+        UserError: it is none of DUSt3R's, has no checksums, or a file differs or is missing.
     """
-    digests = read_report(directory).get("sha256", {})
-    for name, expected in digests.items():
-        file = Path(directory) / name
-        if not file.is_file() or file_sha256(file) != expected:
-            raise UserError(f"{file} differs from its checksum; convert the checkpoint again")
-    return digests
+    read_report(directory)
+    root = Path(directory)
+    return verify_sums(root, [*network_files(root), REPORT_FILE])
 
 
 def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -120,9 +147,3 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{directory} is no directory written by `fvgen convert dust3r`; give one") from None
     return report
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
