@@ -55,7 +55,7 @@ def test_token_ids() -> None:
         if prompt in (PROMPT, ""):
             assert tokenize(prompt) == expected
         else:
-            with pytest.raises(UserError, match="only the fixed prompt"):
+            with pytest.raises(UserError, match="can be used without CLIP's vocabulary"):
                 tokenize(prompt)
 
 

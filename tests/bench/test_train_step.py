@@ -150,12 +150,16 @@ def test_profile_of_overlapping_kernels() -> None:
     assert [line.split("`")[1] for line in text.splitlines() if "`" in line] == ["ncclKernel", "nvjet_a"]
 
 
+# operators of the samplers, of the geometry and of the inference engine
+OTHERS = ("diffusion_step", "point_map_distance", "image_conv", "padded_sum", "row_softmax")
+
+
 def test_own_kernels_have_groups_of_their_own() -> None:
     """Read from the sources, so that a new kernel of the training step is not counted as PyTorch's."""
     kernels = []
     for path in sorted((ROOT / "kernels").glob("*/triton.py")):
         functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
-        if path.parent.name not in ("diffusion_step", "point_map_distance"):  # of the samplers, of the geometry
+        if path.parent.name not in OTHERS:
             kernels += [f.name for f in functions if f.name.endswith("_kernel")]
     assert len(kernels) > 15
     assert [k for k in kernels if not group_of(k).startswith("fvgen: ")] == []
