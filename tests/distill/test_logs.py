@@ -80,7 +80,9 @@ def test_weights_and_biases_gets_what_tensorboard_gets(wandb: FakeWandb, tmp_pat
 
 
 def test_tensorboard_shows_the_contact_sheet(tmp_path: Path) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed: pip install fvgen[train]"
+    )
     log = RunLog(tmp_path, True)
     write_contact_sheet(tmp_path / "contact_sheet.png", [("row", torch.rand(2, 3, 16, 16))])
     log.media("stage2", tmp_path, 7)

@@ -63,7 +63,7 @@ def test_photos_in_the_frame_of_the_first() -> None:
     # the portrait photo is scaled by 128 / 110 and loses rows at the top and the bottom alike
     assert images.focal_px == pytest.approx((100.0, 100 * 128 / 110, 100 * 108 / 64))
     middle = images.rgb[:, :2, 53:55, 63:65].mean((2, 3))
-    torch.testing.assert_close(middle, torch.full((3, 2), 0.5), rtol=0.0, atol=5e-3)
+    torch.testing.assert_close(middle, torch.full((3, 2), 0.5), rtol=0.0, atol=1e-6)
     assert float(images.rgb[1, 1].min()) == pytest.approx(0.5 - 54 / 186, abs=0.01)
     assert in_first_frame([_photo(20, 30)] * 2).whole == ()
 
@@ -78,15 +78,16 @@ def test_cameras_and_points_of_whole_photos(count: int) -> None:
         top, left = (CUT[n][axis] + (FRAME[axis] - WHOLE[n][axis]) // 2 for axis in (0, 1))
         part = (slice(top, top + SEEN[n][0]), slice(left, left + SEEN[n][1]))
         expected = factor * transform(invert_rigid(world), unproject(depth[n], cameras[n].K[0], cameras[n].world_from_cam[0]))
-        torch.testing.assert_close(scene.points[n][part].double(), expected, rtol=0.0, atol=2e-3)
+        # everything is float32 and of the size of 1, but K of the size of 100
+        torch.testing.assert_close(scene.points[n][part].double(), expected, rtol=0.0, atol=1e-5)
         assert (scene.confidence[n][part] > 0).all()
         assert int((scene.confidence[n] > 0).sum()) == SEEN[n][0] * SEEN[n][1]
         K = cameras[n].K[0].clone()
         K[:2, 2] += torch.tensor([left, top])
-        torch.testing.assert_close(scene.cameras.K[n], K, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(scene.cameras.K[n], K, rtol=0.0, atol=1e-4)
         found = invert_rigid(world) @ cameras[n].world_from_cam[0].double()
         found[:3, 3] *= factor
-        torch.testing.assert_close(scene.cameras.world_from_cam[n].double(), found, rtol=0.0, atol=1e-3)
+        torch.testing.assert_close(scene.cameras.world_from_cam[n].double(), found, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -103,7 +104,8 @@ def test_points_fall_where_the_cut_photo_shows_them(count: int) -> None:
         inside = ((at > 1) & (at < at.new_tensor([images.size[1] - 1, images.size[0] - 1]))).all(-1)
         assert inside.float().mean() > 0.4
         x, y = at[inside].long().unbind(-1)
-        torch.testing.assert_close(images.rgb[n][:, y, x].T, colours[inside], rtol=0.0, atol=0.02)
+        # a point lies up to half a pixel beside the one that is read, and the photos are ramps over 64 pixels and more
+        torch.testing.assert_close(images.rgb[n][:, y, x].T, colours[inside], rtol=0.0, atol=0.5 / 64)
 
 
 def test_the_loss_is_that_of_the_paper() -> None:

@@ -80,7 +80,7 @@ def test_unsure_pixels_take_no_part_in_the_pose_though_they_get_points() -> None
         p.points_second[unsure] = q.points_first[unsure]
         p.confidence_first[unsure] = p.confidence_second[unsure] = 1.5
     scene = scene_of_pair(ImageSet(torch.zeros(2, 3, *SIZE)), predictions, min_confidence=math.log(3))
-    torch.testing.assert_close(scene.cameras.world_from_cam[1], _pose().float(), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(scene.cameras.world_from_cam[1], _pose().float(), rtol=0.0, atol=1e-5)
     assert (scene.confidence[:, unsure] == 1.5).all()
 
 
@@ -138,7 +138,7 @@ def test_photos_through_a_network(monkeypatch) -> None:
     assert scene.images.names == ("a", "b")
     assert scene.images.focal_px == (50.0, None)
     torch.testing.assert_close(scene.cameras.K[:, 0, 0], torch.tensor(FOCALS), rtol=1e-5, atol=0.0)
-    torch.testing.assert_close(scene.cameras.world_from_cam[1], _pose().float(), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(scene.cameras.world_from_cam[1], _pose().float(), rtol=0.0, atol=1e-5)
 
 
 class _Tokens:

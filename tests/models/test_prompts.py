@@ -110,7 +110,7 @@ def test_a_damaged_tower(model: Path, source: Path, vocabulary: Path, tmp_path: 
 
 
 def test_transformers_itself_refuses_another_vocabulary(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install fvgen[prompt]")
     words = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
