@@ -42,8 +42,6 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--profile looks at stage 2; leave --stage 1 out")
     if arguments.profile and Path(arguments.profile).exists() and not arguments.overwrite:
         raise UserError(f"the profile {arguments.profile} exists; choose another --profile or add --overwrite")
-    if arguments.graphs and arguments.shard:
-        raise UserError("networks that are shared cannot be replayed as graphs; leave out --graphs or --shard")
     if arguments.single and processes() == 1:
         raise UserError("--single is for the scaling of several processes; start them with torchrun or leave it out")
 
@@ -89,7 +87,7 @@ def measure(arguments: argparse.Namespace, device: str, say: Callable[[str], Non
         rounds=arguments.rounds,
         quick=arguments.quick,
         checkpointing=arguments.checkpointing,
-        graphs=False if arguments.shard else arguments.graphs,
+        graphs=arguments.graphs,
         repeatable=not arguments.not_repeatable,
         reference=not arguments.no_reference,
         profile=bool(arguments.profile),

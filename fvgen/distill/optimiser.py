@@ -1,7 +1,8 @@
 """AdamW on one network, whole or in pieces.
 
 Clipping and AdamW work number by number, so each rank runs them on its own piece as on a plain tensor. Only the norm needs the
-other ranks. Gradients of a whole network lie one behind the other in one tensor, which the ranks average without packing it.
+other ranks. All gradients lie one behind the other in one tensor, which the ranks that hold whole networks average without packing
+it, and stay where they are: recorded graphs add to these very tensors.
 """
 
 from __future__ import annotations
@@ -29,35 +30,30 @@ class NetworkOptimiser:
     def __init__(self, module: nn.Module, settings: TrainSettings, parallel: Parallel) -> None:
         self._parameters = dict(module.named_parameters())
         self._settings, self._parallel = settings, parallel
-        self._gradients = None if any(map(sharded, self._parameters.values())) else _InARow(list(self._parameters.values()))
+        self._sharded = any(map(sharded, self._parameters.values()))
+        self._gradients = _InARow(list(self._parameters.values()))
         self._pieces = {name: nn.Parameter(local(p.detach())) if sharded(p) else p for name, p in self._parameters.items()}
         self._adamw = torch.optim.AdamW(
             self._pieces.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
 
     def zero(self) -> None:
-        """Forgets the gradients. Those of a whole network stay where they are: recorded graphs add to these very tensors."""
-        if self._gradients is not None:
-            self._gradients.zero()
-        else:
-            for p in self._parameters.values():
-                p.grad = None
+        """Sets the gradients to zero, where they are."""
+        self._gradients.zero()
 
     @torch.no_grad()  # also spares each piece of a sharded tensor its way through autograd
     def step(self, rate: float) -> Tensor:
         """One update at the learning rate ``rate``, none at 0; the norm of the gradient over all ranks, before it is clipped."""
         for name, p in self._parameters.items():
             if sharded(p):
-                piece = local(p)
-                assert piece.data_ptr() == self._pieces[name].data_ptr(), "the network's pieces were moved"
+                assert local(p).data_ptr() == self._pieces[name].data_ptr(), "the network's pieces were moved"
                 self._pieces[name].grad = None if p.grad is None else local(p.grad)
-        pieces = list(self._pieces.values())
-        if self._gradients is not None:  # what is sharded was averaged by its backward pass
-            self._gradients.check()
+        self._gradients.check()
+        if not self._sharded:  # what is sharded was averaged by its backward pass
             self._parallel.mean(self._gradients.memory)
-        gradients = [p.grad for p in pieces if p.grad is not None]
+        gradients = [p.grad for p in self._pieces.values() if p.grad is not None]
         square = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        if self._gradients is None:
+        if self._sharded:
             dist.all_reduce(square)
         norm = square.sqrt()
         if not rate:
@@ -87,7 +83,7 @@ class NetworkOptimiser:
 
 
 class _InARow:
-    """Gradients of parameters, each with the strides of its parameter, from a multiple of 256 bytes on.
+    """Gradients of parameters or of this rank's pieces, with the strides of these, each from a multiple of 256 bytes on.
 
     Attributes:
         memory: what holds all of them.
@@ -95,22 +91,29 @@ class _InARow:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
-        sizes = [-(-p.numel() // 64) * 64 for p in self._parameters]
-        self.memory = torch.zeros(sum(sizes), dtype=self._parameters[0].dtype, device=self._parameters[0].device)
-        parts = zip(self._parameters, self.memory.split(sizes), strict=True)
-        self._places = [part.as_strided(p.shape, p.stride(), part.storage_offset()) for p, part in parts]
+        pieces = [local(p.detach()) for p in self._parameters]
+        sizes = [-(-piece.numel() // 64) * 64 for piece in pieces]
+        self.memory = torch.zeros(sum(sizes), dtype=pieces[0].dtype, device=pieces[0].device)
+        self._places = [
+            part.as_strided(piece.shape, piece.stride(), part.storage_offset())
+            for piece, part in zip(pieces, self.memory.split(sizes), strict=True)
+        ]
+        held = zip(self._parameters, self._places, strict=True)
+        self._gradients = [_like(p, place) if sharded(p) else place for p, place in held]
         self.zero()
 
     def zero(self) -> None:
         """Sets all to zero, and backward passes will add to them."""
         self.memory.zero_()
-        for p, place in zip(self._parameters, self._places, strict=True):
-            p.grad = place
+        for p, gradient in zip(self._parameters, self._gradients, strict=True):
+            p.grad = gradient
 
     def check(self) -> None:
         """That nobody has replaced one."""
         held = zip(self._parameters, self._places, strict=True)
-        assert all(p.grad is place for p, place in held), "a gradient was replaced instead of added to"
+        assert all(p.grad is not None and local(p.grad).data_ptr() == place.data_ptr() for p, place in held), (
+            "a gradient was replaced instead of added to"
+        )
 
 
 def _like(p: Tensor, piece: Tensor) -> Tensor:

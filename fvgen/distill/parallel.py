@@ -82,7 +82,7 @@ class Parallel:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def share(self, module: nn.Module) -> nn.Module:
+    def share(self, module: Any) -> nn.Module:
         """Cuts a trained network in pieces, where that is asked for: layer by layer, so that one layer at a time is whole.
 
         The pieces are float32 and are gathered as such. Autocast chooses the precision of the arithmetic, as on a single GPU; a
@@ -103,6 +103,8 @@ class Parallel:
         # each layer is fetched while the one before it computes, also where the host has not come so far yet
         for layer, following in pairwise([module, *layers]):
             layer.set_modules_to_forward_prefetch([following])
+        # on a stream of NCCL's that begins and ends in the caller's: FSDP2's own could not be recorded in a backward pass alone
+        module._set_unshard_async_op(True)
         return module
 
     def mean(self, x: Tensor) -> Tensor:

@@ -65,9 +65,9 @@ def build_roles(
     """
     device = parallel.device
     autocast = torch.bfloat16 if device.type == "cuda" else None
-    # where activations have their channels last, convolutions would rearrange other weights at each call; FSDP2 cannot cut these
-    whole = device.type == "cuda" and parallel.mesh is None and envs.kernels_mode() != "reference"
-    layout: dict[str, Any] = {"memory_format": torch.channels_last} if whole else {}
+    # where activations have their channels last, convolutions would rearrange other weights at each call
+    fused = device.type == "cuda" and envs.kernels_mode() != "reference"
+    layout: dict[str, Any] = {"memory_format": torch.channels_last} if fused else {}
     dtype = getattr(torch, settings.teacher_dtype) if device.type == "cuda" else torch.float32
     # whole on every rank, since its trunk is called without its outermost ``forward``
     teacher = nn.Module.to(copy.deepcopy(bundle.unet), device=device, dtype=dtype, **layout).requires_grad_(False).eval()
@@ -77,7 +77,8 @@ def build_roles(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(settings.seed, name) % 2**63)
             module = _head(bundle, settings) if name == "head" else copy.deepcopy(bundle.unet).float()
-        module = nn.Module.to(module, device=device, **({} if name == "head" else layout)).requires_grad_(True).train()
+        plain = name == "head" or parallel.mesh is not None  # FSDP2 cuts tensors in their usual order only
+        module = nn.Module.to(module, device=device, **({} if plain else layout)).requires_grad_(True).train()
         if settings.checkpointing and name != "head":
             # the state of the random generators is copied for every layer only where one draws from them
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=drops)
@@ -85,7 +86,7 @@ def build_roles(
         if start and name in start:
             restore(module_tensors(module), start[name], name)
         trained[name] = parallel.share(module) if name != "head" else module
-    graphs, pools = settings.graphs and device.type == "cuda" and parallel.mesh is None, Pools()
+    graphs, pools = settings.graphs and device.type == "cuda", Pools()
 
     def call(module: nn.Module, function: PredictV) -> PredictV:
         # the state of a random generator cannot be read while a graph is recorded

@@ -18,12 +18,12 @@ from fvgen.distill.comparison import RUNS, make_run
 from fvgen.distill.graphs import GraphedCall, Pools
 from fvgen.distill.methods import Method
 from fvgen.distill.networks import Batch, Draws
-from fvgen.distill.parallel import Parallel
+from fvgen.distill.parallel import Parallel, whole
 from fvgen.distill.roles import Roles, build_roles
 from fvgen.distill.rollout import Process
 from fvgen.types import Condition
 
-from .small import SETTINGS, SHAPE, Latents, small_teacher, small_trainer
+from .small import SETTINGS, SHAPE, Latents, on_ranks, small_teacher, small_trainer
 
 
 def test_without_a_gpu_it_is_the_call_itself() -> None:
@@ -109,41 +109,55 @@ def _gradients(method: Method, roles: Roles, step: str, batch: Batch, seed: int,
     update = getattr(method, step)(roles.networks, batch, Draws(seed, seed + 1))
     update.total.backward()
     return {
-        f"{name}.{part}": p.grad.clone()
+        f"{name}.{part}": whole(p.grad).clone()
         for name in update.losses
         for part, p in roles.trained[name].named_parameters()
         if p.grad is not None
     }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("run", "number"), _methods())
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_every_method(run: str, number: int, checkpointing: bool) -> None:
+def _compare(run: str, number: int, checkpointing: bool, layout: str = "replicate") -> None:
     """Critic and student updates in turn, rollouts of every length, graphs in shared memory; the weights change in between."""
-    parallel = Parallel.start("cuda")
-    settings = replace(SETTINGS, run=run, micro_batch=2, checkpointing=checkpointing)
+    parallel = Parallel.start("cuda", layout)
+    settings = replace(SETTINGS, run=run, batch=2 * parallel.world, micro_batch=2, checkpointing=checkpointing)
     method: Any = make_run(run, Process.create(NoiseSchedule.create(), parallel.device))[number]
     if method.critic_updates:
         method = replace(method, config=replace(method.config, inputs="rollout"))
     found = {graphs: build_roles(small_teacher(), method, replace(settings, graphs=graphs), parallel) for graphs in (False, True)}
     steps = ["critic_update", "student_update"] if method.critic_updates else ["student_update"]
     for seed in range(6):
-        batch = GpuLatents().read([2 * seed, 2 * seed + 1])
+        first = 2 * (seed * parallel.world + parallel.rank)
+        batch = GpuLatents().read([first, first + 1])
         if not method.critic_updates:
             states = torch.stack([batch.clean + i for i in range(len(method.config.times))], 1)
             batch = replace(batch, ode_states=states, ode_clean=batch.clean)
         for step in steps:
             plain, replayed = (_gradients(method, found[g], step, batch, seed, g) for g in (False, True))
             assert plain.keys() == replayed.keys()
-            whole = float(torch.stack(torch._foreach_norm(list(plain.values()))).norm())
+            length = float(torch.stack(torch._foreach_norm(list(plain.values()))).norm())
             for name, gradient in plain.items():  # sums of the backward passes may be in another order, and rounded to bfloat16
                 apart, norm = float((replayed[name] - gradient).norm()), float(gradient.norm())
-                assert apart <= 0.05 * norm + 1e-3 * whole, f"{step} {seed}: {name} is {apart} of {norm} apart"
+                assert apart <= 0.05 * norm + 1e-3 * length, f"{step} {seed}: {name} is {apart} of {norm} apart"
             for role, module in found[False].trained.items():
                 with torch.no_grad():
                     for p, q in zip(module.parameters(), found[True].trained[role].parameters(), strict=True):
                         q.copy_(p.mul_(0.99))
+    parallel.stop()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("run", "number"), _methods())
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_every_method(run: str, number: int, checkpointing: bool) -> None:
+    _compare(run, number, checkpointing)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(("run", "number"), [("fvgen", 0), ("fvgen", 1)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_shared_networks(run: str, number: int, checkpointing: bool) -> None:
+    """The ranks' exchange is recorded too: layers are fetched, and gradients averaged, inside of the graphs."""
+    assert on_ranks(2, _compare, run, number, checkpointing, "shard") == [0, 0]
 
 
 @pytest.mark.gpu
