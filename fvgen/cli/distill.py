@@ -52,6 +52,7 @@ def _processes() -> tuple[int, int]:
 
 
 def _distill(arguments: argparse.Namespace, device: str) -> None:
+    from fvgen.distill.graphs import forget_graphs
     from fvgen.distill.parallel import Parallel
     from fvgen.distill.run import distill
 
@@ -77,7 +78,10 @@ def _distill(arguments: argparse.Namespace, device: str) -> None:
             show_plan(arguments, settings, options, None if unsaid else model, world)
         return
     parallel = Parallel.start(device, "shard" if arguments.shard else "replicate")
-    finished = distill(settings, options, ModelBundle.from_pretrained(model), parallel)
+    try:
+        finished = distill(settings, options, ModelBundle.from_pretrained(model), parallel)
+    finally:
+        forget_graphs()  # also after an error, which refers to them: the process would not end
     parallel.stop()
     if parallel.main:
         print(f"run        {options.output}")

@@ -250,7 +250,7 @@ def _distill(parser: argparse.ArgumentParser) -> None:
         "--graphs",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="replay CUDA graphs (default: yes)",
+        help="replay CUDA graphs (default: the recipe's)",
     )
     machine.add_argument("--not-repeatable", action="store_true", help="allow faster algorithms whose last bits vary")
 
@@ -406,7 +406,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         help="compute activations twice to save memory (default: the recipe's)",
     )
     step.add_argument(
-        "--graphs", action=argparse.BooleanOptionalAction, default=None, help="replay CUDA graphs (default: yes)"
+        "--graphs", action=argparse.BooleanOptionalAction, default=None, help="replay CUDA graphs (default: the recipe's)"
     )
     step.add_argument("--not-repeatable", action="store_true", help="allow faster algorithms whose last bits vary")
     step.add_argument("--no-reference", action="store_true", help="leave out stage 2 in plain PyTorch")

@@ -57,7 +57,7 @@ def show_plan(
         _lines({**plan, "together": sum(plan.values())})
         if options.validation_clips and options.cadence.validate:
             # recorded calls keep the memory of their activations
-            kept = sum(n for name, n in plan.items() if "weights in bfloat16" in plan or not name.startswith("activations"))
+            kept = sum(n for name, n in plan.items() if settings.graphs or not name.startswith("activations"))
             _lines({"in a validation (estimate)": kept + validation_bytes(spec, synthetic) / 1e9})
         left, speed = clips_left(method, settings, stage, state), measured_speed(options.output, stage)
         hours.append(0.0 if not left else None if speed is None else left / speed / 3600)

@@ -7,6 +7,7 @@ happen between the replays.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,18 @@ class _Replay(torch.autograd.Function):
         return None, None, None if x.grad is None else x.grad.clone(), *[None] * (len(recorded.inputs) - 1)
 
 
+_CALLS: weakref.WeakSet[GraphedCall] = weakref.WeakSet()
+
+
+def forget_graphs() -> None:
+    """Destroys all recorded calls of this process, whoever still refers to them.
+
+    NCCL waits for graphs that exchange anything before it leaves a group.
+    """
+    for call in list(_CALLS):
+        call.forget()
+
+
 class GraphedCall:
     """``call(x, t, condition)`` replayed from a graph per shape and kind of call; on the CPU it simply runs.
 
@@ -114,6 +127,7 @@ class GraphedCall:
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._pools = pools or Pools()
         self._anchor: Tensor | None = None
+        _CALLS.add(self)
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if not x.is_cuda:
@@ -131,6 +145,14 @@ class GraphedCall:
             return _Replay.apply(recorded, self._anchor, *inputs)
         with torch.no_grad():
             return recorded.replay(inputs)
+
+    def forget(self) -> None:
+        """Destroys what was recorded; the next call records anew."""
+        for recorded in self._recorded.values():
+            recorded.forward.reset()
+            if recorded.backward is not None:
+                recorded.backward.reset()
+        self._recorded.clear()
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         x, t, latents, context, fps = inputs

@@ -1,8 +1,8 @@
 """AdamW on one network, whole or in pieces.
 
 Clipping and AdamW work number by number, so each rank runs them on its own piece as on a plain tensor. Only the norm needs the
-other ranks. All gradients lie one behind the other in one tensor, which the ranks that hold whole networks average without packing
-it, and stay where they are: recorded graphs add to these very tensors.
+other ranks. Gradients lie one behind the other in one tensor and stay there, since recorded graphs add to these very tensors;
+so those that every rank has in whole are averaged without packing them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class NetworkOptimiser:
     def __init__(self, module: nn.Module, settings: TrainSettings, parallel: Parallel) -> None:
         self._parameters = dict(module.named_parameters())
         self._settings, self._parallel = settings, parallel
-        self._sharded = any(map(sharded, self._parameters.values()))
-        self._gradients = _InARow(list(self._parameters.values()))
+        parameters = list(self._parameters.values())
+        self._whole = _InARow([p for p in parameters if not sharded(p)])
+        self._cut = _InARow([p for p in parameters if sharded(p)])
         self._pieces = {name: nn.Parameter(local(p.detach())) if sharded(p) else p for name, p in self._parameters.items()}
         self._adamw = torch.optim.AdamW(
             self._pieces.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -39,7 +40,8 @@ class NetworkOptimiser:
 
     def zero(self) -> None:
         """Sets the gradients to zero, where they are."""
-        self._gradients.zero()
+        self._whole.zero()
+        self._cut.zero()
 
     @torch.no_grad()  # also spares each piece of a sharded tensor its way through autograd
     def step(self, rate: float) -> Tensor:
@@ -48,16 +50,19 @@ class NetworkOptimiser:
             if sharded(p):
                 assert local(p).data_ptr() == self._pieces[name].data_ptr(), "the network's pieces were moved"
                 self._pieces[name].grad = None if p.grad is None else local(p.grad)
-        self._gradients.check()
-        if not self._sharded:  # what is sharded was averaged by its backward pass
-            self._parallel.mean(self._gradients.memory)
-        gradients = [p.grad for p in self._pieces.values() if p.grad is not None]
-        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        if self._sharded:
-            dist.all_reduce(square)
+        self._whole.check()
+        self._cut.check()
+        if self._whole.gradients:
+            self._parallel.mean(self._whole.memory)  # what is cut was averaged by its backward pass
+        square = self._whole.square()
+        if self._cut.gradients:
+            others = self._cut.square()
+            dist.all_reduce(others)
+            square = square + others
         norm = square.sqrt()
         if not rate:
             return norm
+        gradients = [p.grad for p in self._pieces.values() if p.grad is not None]
         torch._foreach_mul_(gradients, (self._settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self._adamw.param_groups:
             group["lr"] = rate
@@ -87,33 +92,38 @@ class _InARow:
 
     Attributes:
         memory: what holds all of them.
+        gradients: one per parameter or piece that is trained.
     """
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         pieces = [local(p.detach()) for p in self._parameters]
         sizes = [-(-piece.numel() // 64) * 64 for piece in pieces]
-        self.memory = torch.zeros(sum(sizes), dtype=pieces[0].dtype, device=pieces[0].device)
-        self._places = [
+        options = {"dtype": pieces[0].dtype, "device": pieces[0].device} if pieces else {}
+        self.memory = torch.zeros(sum(sizes), **options)
+        self.gradients = [
             part.as_strided(piece.shape, piece.stride(), part.storage_offset())
-            for piece, part in zip(pieces, self.memory.split(sizes), strict=True)
+            for piece, part in zip(pieces, self.memory.split(sizes) if sizes else (), strict=True)
         ]
-        held = zip(self._parameters, self._places, strict=True)
-        self._gradients = [_like(p, place) if sharded(p) else place for p, place in held]
+        pairs = zip(self._parameters, self.gradients, strict=True)
+        self._held = [_like(p, gradient) if sharded(p) else gradient for p, gradient in pairs]
         self.zero()
 
     def zero(self) -> None:
         """Sets all to zero, and backward passes will add to them."""
         self.memory.zero_()
-        for p, gradient in zip(self._parameters, self._gradients, strict=True):
-            p.grad = gradient
+        for p, held in zip(self._parameters, self._held, strict=True):
+            p.grad = held
 
     def check(self) -> None:
         """That nobody has replaced one."""
-        held = zip(self._parameters, self._places, strict=True)
-        assert all(p.grad is not None and local(p.grad).data_ptr() == place.data_ptr() for p, place in held), (
-            "a gradient was replaced instead of added to"
-        )
+        for p, gradient in zip(self._parameters, self.gradients, strict=True):
+            there = p.grad is not None and local(p.grad).data_ptr() == gradient.data_ptr()
+            assert there, "a gradient was replaced instead of added to"
+
+    def square(self) -> Tensor:
+        """The sum of their squares."""
+        return torch.stack(torch._foreach_norm(self.gradients)).square().sum() if self.gradients else self.memory.sum()
 
 
 def _like(p: Tensor, piece: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fvgen import envs
+from fvgen.distill.graphs import forget_graphs
 from fvgen.utils.device import take_gpu
 from fvgen.utils.errors import UserError
 
@@ -82,24 +83,35 @@ class Parallel:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def share(self, module: Any) -> nn.Module:
+    def share(self, module: Any, autocast: torch.dtype | None = None) -> nn.Module:
         """Cuts a trained network in pieces, where that is asked for: layer by layer, so that one layer at a time is whole.
 
-        The pieces are float32 and are gathered as such. Autocast chooses the precision of the arithmetic, as on a single GPU; a
-        policy with a dtype of its own would round norms differently and depend on what was frozen at the first call.
+        The pieces are float32. Weights that autocast would round are rounded before they are gathered, and their gradients are
+        averaged in float32: the arithmetic is that of a single GPU. Norms and biases, one number in a thousand, stay whole on
+        every rank, since some are used in float32.
+
+        Args:
+            module: float32, in its usual memory format.
+            autocast: the dtype under which it computes, None for its own.
         """
         if self.mesh is None:
             return module
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         # it warns of outputs that are views, in case they were changed in place; the networks change nothing in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         names = getattr(module, "_no_split_modules", None) or ()
         layers: list[Any] = [part for part in module.modules() if type(part).__name__ in names]
-        for layer in layers:
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=True)
+        reduced = None if autocast is None else torch.float32
+        how: dict[str, Any] = {
+            "mesh": self.mesh,
+            "reshard_after_forward": True,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=reduced, cast_forward_inputs=False),
+            "ignored_params": {p for p in module.parameters() if p.ndim < 2},
+        }
         # also the outermost: calls without a gradient would otherwise leave it whole, and stale after the next step
-        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        for layer in [*layers, module]:
+            fully_shard(layer, **how)
         # each layer is fetched while the one before it computes, also where the host has not come so far yet
         for layer, following in pairwise([module, *layers]):
             layer.set_modules_to_forward_prefetch([following])
@@ -130,8 +142,9 @@ class Parallel:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def stop(self) -> None:
-        """Leaves the group."""
+        """Leaves the group; calls that were recorded while it existed are gone afterwards."""
         if self.world > 1 and dist.is_initialized():
+            forget_graphs()
             dist.destroy_process_group()
 
 

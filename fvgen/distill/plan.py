@@ -36,7 +36,7 @@ def memory_plan(
         method: of the stage.
         settings: of the run.
         middle_channels: of the trunk's features.
-        share: GPUs that hold one copy of the trained networks together. Calls are recorded only where this is 1.
+        share: GPUs that hold one copy of the trained networks together.
         encodes: clips are rendered while training goes on, so that VAE and image branch stay on the GPU.
     """
     with torch.device("meta"):

@@ -85,7 +85,7 @@ def build_roles(
             module.enable_gradient_checkpointing(recompute)
         if start and name in start:
             restore(module_tensors(module), start[name], name)
-        trained[name] = parallel.share(module) if name != "head" else module
+        trained[name] = parallel.share(module, autocast) if name != "head" else module
     graphs, pools = settings.graphs and device.type == "cuda", Pools()
 
     def call(module: nn.Module, function: PredictV) -> PredictV:

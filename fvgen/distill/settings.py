@@ -72,8 +72,7 @@ class TrainSettings:
         critic_updates: per update of the student; None for the method's own.
         head: size of the classifier's head; its input channels are the teacher's.
         checkpointing: keep only layer inputs for the backward pass and compute the rest again.
-        graphs: replay network calls as CUDA graphs, where each GPU holds whole networks: training is otherwise bound by
-            launching its kernels.
+        graphs: replay network calls as CUDA graphs: training is otherwise bound by launching its kernels.
         repeatable: only algorithms whose additions have a fixed order; some are slower on a GPU.
         teacher_dtype: stored precision of the frozen teacher, "float32" or "bfloat16".
         trajectories: number of the teacher's trajectories that a regression trains on.

@@ -149,7 +149,6 @@ CASES = {
     "profile of stage 1": ("--profile looks at stage 2", "train --model tiny --stage 1 --profile {folder}/p.md"),
     "existing profile": ("exists", "train --model tiny --profile {good}"),
     "single alone": ("--single is for the scaling", "train --model tiny --single {good}"),
-    "graphs of pieces": ("leave out --graphs or --shard", "train --model tiny --graphs --shard"),
     "shard alone": ("torchrun", "train --model tiny --quick --shard --device cpu"),
     "runner": ("--runner: invalid choice", "speedup --runner fast"),
     "runner elsewhere": ("--runner belongs to sampler and speedup", "kernels --runner engine"),

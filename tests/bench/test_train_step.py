@@ -32,12 +32,12 @@ def records_of(path: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both stages and the reference on one process, without graphs, which pieces of networks cannot have."""
+    """Both stages and the reference on one process."""
     from fvgen.cli import main
 
     folder = tmp_path_factory.mktemp("one")
     files = ("--profile", str(folder / "deep" / "p.md"), "--json", str(folder / "one.json"))
-    assert main([*QUICK, "--no-graphs", *files]) == 0
+    assert main([*QUICK, *files]) == 0
     return folder / "one.json"
 
 
@@ -60,7 +60,7 @@ def test_one_process(single: Path) -> None:
     assert estimate["value"] == pytest.approx(hours)
     assert "an estimate: 4000 + 5000 steps" in estimate["assumes"]
     assert not any(name.startswith(("train_scaling", "train_peak")) for name in found)  # one process, and no GPU
-    command = "fvgen bench train --quick --no-graphs --profile p.md --model viewcrafter_512 --device cpu --json RESULT.json"
+    command = "fvgen bench train --quick --profile p.md --model viewcrafter_512 --device cpu --json RESULT.json"
     assert {r["command"] for r in found.values()} == {command}
     text = (single.parent / "deep" / "p.md").read_text()
     assert "| matrix products |" in text

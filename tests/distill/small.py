@@ -64,6 +64,21 @@ class Latents:
         return Batch(torch.stack(clean), Condition(torch.stack(render), torch.stack(context), uncond, fps))
 
 
+def on_gpu(condition: Condition) -> Condition:
+    latents, context, uncond, fps = (
+        x.cuda() for x in (condition.latents, condition.context, condition.uncond_context, condition.fps)
+    )
+    return Condition(latents, context, uncond, fps)
+
+
+class GpuLatents(Latents):
+    """The same clips on the GPU."""
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        batch = super().read(indices)
+        return replace(batch, clean=batch.clean.cuda(), condition=on_gpu(batch.condition))
+
+
 def small_teacher() -> ModelBundle:
     """A bundle whose UNet alone is there, with every weight drawn (zero-initialised layers would hide mistakes)."""
     with torch.random.fork_rng(devices=[]):
@@ -120,11 +135,14 @@ def small_trainer(
     return trainer
 
 
-def train(folder: Path, iterations: int = 4, layout: str = "replicate", dies_at: int | None = None, **options: Any) -> None:
+def train(
+    folder: Path, iterations: int = 4, layout: str = "replicate", dies_at: int | None = None, device: str = "cpu", **options: Any
+) -> None:
     """Trains in this process; it kills itself at the beginning of update ``dies_at``."""
     torch.set_num_threads(1)
-    parallel = Parallel.start("cpu", layout)
-    trainer = small_trainer(folder, parallel=parallel, **options)
+    parallel = Parallel.start(device, layout)
+    source = GpuLatents() if device == "cuda" else Latents()
+    trainer = small_trainer(folder, parallel=parallel, source=source, **options)
     advance = trainer.advance
 
     def mortal() -> None:
@@ -177,8 +195,8 @@ def in_process(function: Callable[..., None], *arguments: Any, **options: Any) -
     return process.exitcode
 
 
-def on_ranks(world: int, function: Callable[..., None], *arguments: Any, **options: Any) -> list[int]:
-    """Exit statuses of ``function`` on that many ranks, as a launcher would start them."""
+def on_ranks(world: int, function: Callable[..., None], *arguments: Any, seconds: int = 60, **options: Any) -> list[int]:
+    """Exit statuses of ``function`` on that many ranks, as a launcher would start them, or None after that many seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -186,7 +204,7 @@ def on_ranks(world: int, function: Callable[..., None], *arguments: Any, **optio
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(seconds)
     for process in ranks:
         if process.is_alive():
             process.kill()

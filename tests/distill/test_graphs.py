@@ -18,12 +18,11 @@ from fvgen.distill.comparison import RUNS, make_run
 from fvgen.distill.graphs import GraphedCall, Pools
 from fvgen.distill.methods import Method
 from fvgen.distill.networks import Batch, Draws
-from fvgen.distill.parallel import Parallel, whole
+from fvgen.distill.parallel import Parallel, put, sharded, whole
 from fvgen.distill.roles import Roles, build_roles
 from fvgen.distill.rollout import Process
-from fvgen.types import Condition
 
-from .small import SETTINGS, SHAPE, Latents, on_ranks, small_teacher, small_trainer
+from .small import SETTINGS, SHAPE, GpuLatents, Latents, on_gpu, on_ranks, small_teacher, small_trainer
 
 
 def test_without_a_gpu_it_is_the_call_itself() -> None:
@@ -31,13 +30,6 @@ def test_without_a_gpu_it_is_the_call_itself() -> None:
     plain = unet_predictor(unet)
     x, t = torch.randn(2, *SHAPE), torch.tensor([999, 249])
     assert torch.equal(GraphedCall(unet, plain)(x, t, batch.condition), plain(x, t, batch.condition))
-
-
-def _on_gpu(condition: Condition) -> Condition:
-    latents, context, uncond, fps = (
-        x.cuda() for x in (condition.latents, condition.context, condition.uncond_context, condition.fps)
-    )
-    return Condition(latents, context, uncond, fps)
 
 
 @pytest.mark.gpu
@@ -57,7 +49,7 @@ def test_values_and_gradients(kind: str) -> None:
         found = results.setdefault(name, [])
         torch.manual_seed(0)
         for step in range(3):
-            condition = _on_gpu(Latents().read([2 * step, 2 * step + 1]).condition)
+            condition = on_gpu(Latents().read([2 * step, 2 * step + 1]).condition)
             x, t = torch.randn(2, *SHAPE).cuda().requires_grad_(frozen), torch.tensor([999, 249 + step]).cuda()
             with torch.no_grad():
                 found.append(function(x, t, condition))
@@ -79,7 +71,7 @@ def test_a_call_between_two_passes_is_noticed() -> None:
     pools = Pools()
     first, second = (GraphedCall(unet, unet_predictor(unet), pools) for _ in range(2))
     other = GraphedCall(frozen, unet_predictor(frozen), pools)
-    condition, t = _on_gpu(Latents().read([0, 1]).condition), torch.tensor([999, 249]).cuda()
+    condition, t = on_gpu(Latents().read([0, 1]).condition), torch.tensor([999, 249]).cuda()
     x = torch.randn(2, *SHAPE).cuda()
     out = first(x, t, condition)
     other(x, t, condition)
@@ -103,13 +95,16 @@ def _methods() -> list[tuple[str, int]]:
     return found
 
 
-def _gradients(method: Method, roles: Roles, step: str, batch: Batch, seed: int, recorded: bool) -> dict[str, torch.Tensor]:
+def _gradients(
+    method: Method, roles: Roles, step: str, batch: Batch, seed: int, recorded: bool, parallel: Parallel
+) -> dict[str, torch.Tensor]:
+    """Of what an update trains, by name; means over the ranks, which the backward passes of pieces have taken already."""
     for p in (p for module in roles.trained.values() for p in module.parameters()):
         p.grad = None if p.grad is None or not recorded else p.grad.zero_()
     update = getattr(method, step)(roles.networks, batch, Draws(seed, seed + 1))
     update.total.backward()
     return {
-        f"{name}.{part}": whole(p.grad).clone()
+        f"{name}.{part}": whole(p.grad).clone() if sharded(p) else parallel.mean(p.grad.clone())
         for name in update.losses
         for part, p in roles.trained[name].named_parameters()
         if p.grad is not None
@@ -117,13 +112,19 @@ def _gradients(method: Method, roles: Roles, step: str, batch: Batch, seed: int,
 
 
 def _compare(run: str, number: int, checkpointing: bool, layout: str = "replicate") -> None:
-    """Critic and student updates in turn, rollouts of every length, graphs in shared memory; the weights change in between."""
+    """Critic and student updates in turn, rollouts of every length, graphs in shared memory; the weights change in between.
+
+    Graphs in this layout against whole networks without any.
+    """
     parallel = Parallel.start("cuda", layout)
     settings = replace(SETTINGS, run=run, batch=2 * parallel.world, micro_batch=2, checkpointing=checkpointing)
     method: Any = make_run(run, Process.create(NoiseSchedule.create(), parallel.device))[number]
     if method.critic_updates:
         method = replace(method, config=replace(method.config, inputs="rollout"))
-    found = {graphs: build_roles(small_teacher(), method, replace(settings, graphs=graphs), parallel) for graphs in (False, True)}
+    found = {
+        graphs: build_roles(small_teacher(), method, replace(settings, graphs=graphs), among)
+        for graphs, among in ((False, replace(parallel, mesh=None)), (True, parallel))
+    }
     steps = ["critic_update", "student_update"] if method.critic_updates else ["student_update"]
     for seed in range(6):
         first = 2 * (seed * parallel.world + parallel.rank)
@@ -132,7 +133,7 @@ def _compare(run: str, number: int, checkpointing: bool, layout: str = "replicat
             states = torch.stack([batch.clean + i for i in range(len(method.config.times))], 1)
             batch = replace(batch, ode_states=states, ode_clean=batch.clean)
         for step in steps:
-            plain, replayed = (_gradients(method, found[g], step, batch, seed, g) for g in (False, True))
+            plain, replayed = (_gradients(method, found[g], step, batch, seed, g, parallel) for g in (False, True))
             assert plain.keys() == replayed.keys()
             length = float(torch.stack(torch._foreach_norm(list(plain.values()))).norm())
             for name, gradient in plain.items():  # sums of the backward passes may be in another order, and rounded to bfloat16
@@ -141,7 +142,7 @@ def _compare(run: str, number: int, checkpointing: bool, layout: str = "replicat
             for role, module in found[False].trained.items():
                 with torch.no_grad():
                     for p, q in zip(module.parameters(), found[True].trained[role].parameters(), strict=True):
-                        q.copy_(p.mul_(0.99))
+                        put(q, p.mul_(0.99))
     parallel.stop()
 
 
@@ -157,7 +158,7 @@ def test_gradients_of_every_method(run: str, number: int, checkpointing: bool) -
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_shared_networks(run: str, number: int, checkpointing: bool) -> None:
     """The ranks' exchange is recorded too: layers are fetched, and gradients averaged, inside of the graphs."""
-    assert on_ranks(2, _compare, run, number, checkpointing, "shard") == [0, 0]
+    assert on_ranks(2, _compare, run, number, checkpointing, "shard", seconds=120) == [0, 0]
 
 
 @pytest.mark.gpu
@@ -175,11 +176,3 @@ def test_training_with_graphs_is_training_without(checkpointing: bool, tmp_path:
     change = max(float((a - b.cuda()).abs().max()) for a, b in zip(runs[True], small_teacher().unet.parameters(), strict=True))
     apart = max(float((a - b).abs().max()) for a, b in zip(*runs.values(), strict=True))
     assert apart < 0.2 * change  # bfloat16 and Adam's sign-like first steps; a wrong gradient is as far as the whole change
-
-
-class GpuLatents(Latents):
-    """The same clips on the GPU."""
-
-    def read(self, indices):
-        batch = super().read(indices)
-        return replace(batch, clean=batch.clean.cuda(), condition=_on_gpu(batch.condition))

@@ -52,6 +52,20 @@ def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Pat
     compare(tmp_path, single)
 
 
+@pytest.mark.multi_gpu
+def test_two_gpus_share_a_run(tmp_path: Path) -> None:
+    """With recorded calls: the first update is that of one GPU, and copies of whole networks go on from its checkpoint."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run = {**RUN, "settings": replace(TWO, graphs=True, checkpointing=True), "device": "cuda"}
+    assert in_process(train, one, **run, iterations=1) == 0
+    assert on_ranks(2, train, two, **run, layout="shard", iterations=2, seconds=120) == [0, 0]
+    found, expected = (json.loads((folder / LOSSES).read_text().splitlines()[0]) for folder in (two, one))
+    assert found.pop("update") == expected.pop("update")
+    assert found == pytest.approx(expected, rel=0.03, abs=1e-3)  # bfloat16, and sums in another order
+    assert on_ranks(2, train, two, **run, layout="replicate", iterations=3, seconds=120) == [0, 0]
+    assert len((two / LOSSES).read_text().splitlines()) == 6
+
+
 def test_the_mean_of_the_weights_is_over_all_processes(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert in_process(train, one, **RUN, iterations=3, weight_mean=True) == 0
