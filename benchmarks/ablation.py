@@ -59,6 +59,8 @@ ROWS: dict[str, tuple[str, tuple[int, ...], str | None]] = {
     "causvid": ("causvid", (1, 2), None),
 }
 SCORES, CURVE = "scores.json", "curve.jsonl"
+GUIDED = "teacher50_guidance_"  # and the scale: the teacher's row
+RESCALE = 0.7  # of guided samples, as in ViewCrafter's sampler
 
 
 class Ablation:
@@ -73,6 +75,7 @@ class Ablation:
         reuse: the synthetic clips, the same for all runs.
         real: real clips by name.
         student: a finished one, scored beside the teacher, or none.
+        guidance: scales under which the teacher is also sampled in 50 steps, of two calls each.
     """
 
     def __init__(
@@ -88,10 +91,11 @@ class Ablation:
         parallel: Parallel,
         real: dict[str, RealClip],
         student: ModelBundle | None = None,
+        guidance: Sequence[float] = (),
     ) -> None:
         self._bundle, self._output, self._settings, self._iterations = bundle, output, settings, iterations
         self._curve_clips, self._reuse, self._cadence, self._parallel, self._real = curve_clips, reuse, cadence, parallel, real
-        self._student = student
+        self._student, self._guidance = student, guidance
         self._compile = parallel.device.type == "cuda"
         self._worlds: Worlds = {}
         self._schedule = NoiseSchedule.create(bundle.index.base_scale)
@@ -104,15 +108,16 @@ class Ablation:
         """The teacher at 4 and 50 DDIM steps and under the student's sampler, the finished student, the truth through the VAE."""
         predict, index = self._predictor(self._bundle.unet), self._bundle.index
 
-        def ddim(steps: int) -> Sample:
+        def ddim(steps: int, scale: float = 1.0) -> Sample:
             def way(condition: Condition, seed: int) -> Tensor:
                 noise = seeded_noise(seed, condition.latents.device)
-                rest = (noise, steps, index.eta, 1.0, 0.0)
+                rest = (noise, steps, index.eta, scale, 0.0 if scale == 1 else RESCALE)
                 return ddim_sample(predict, self._schedule, condition, condition.latents.shape, *rest)
 
             return way
 
         ways = {"teacher4": ddim(4), "teacher50": ddim(50), "untrained": self._few_step(predict)}
+        ways |= {guided_row(scale): ddim(50, scale) for scale in self._guidance}
         if self._student is not None:
             ways |= {"student": self._with_engine(self._student, False), "fast": self._with_engine(self._student, True)}
         for name, way in ways.items():
@@ -184,7 +189,7 @@ class Ablation:
     def _on_real(self, way: Sample) -> dict[str, float]:
         scores = {}
         for name, clip in self._real.items():
-            video = self._held_out.codec.decode(way(self._held_out.conditioner(clip.renders.rgb[None]), 0))
+            video = self._held_out.codec.decode(way(self._held_out.conditioner(clip.renders.rgb[None], guidance=True), 0))
             scores[name] = clip_scores(name, video, clip.truth[None], clip.renders.coverage[None])[name][0]
         return scores
 
@@ -197,6 +202,11 @@ class Ablation:
         print(
             f"{row:16} seed {seed}  {found.psnr:6.2f} dB  SSIM {found.ssim:.4f}  Frechet {found.frechet:.4f}  {real}", flush=True
         )
+
+
+def guided_row(scale: float) -> str:
+    """Row of the teacher under guidance."""
+    return f"{GUIDED}{scale:g}"
 
 
 def parse_run(text: str) -> tuple[str, int]:
@@ -217,8 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", default="tiny_teacher", help="model directory, or the bundled tiny_teacher")
     parser.add_argument("--student", default="tiny", help="a finished one to score too, also in fast mode")
     everything = [f"{row}:{seed}" for seed in range(3) for row in ROWS]
-    parser.add_argument("--runs", nargs="+", default=everything, metavar="ROW:SEED", help="default: every row with seeds 0 to 2")
+    parser.add_argument("--runs", nargs="*", default=everything, metavar="ROW:SEED", help="default: every row, seeds 0 to 2")
     parser.add_argument("--no-baselines", action="store_true", help="leave the teacher's scores to another folder")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[], metavar="W", help="score the teacher under these, too")
     parser.add_argument("--iterations", nargs=2, type=int, help="default: the recipe's", metavar=("STAGE1", "STAGE2"))
     parser.add_argument("--lr", type=float, help="learning rate of the student")
     parser.add_argument("--fake-lr", type=float, help="of the fake score")
@@ -262,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parallel,
             real,
             None if options.no_baselines else ModelBundle.from_pretrained(find_model(options.student)).to(device),
+            options.guidance,
         )
         command = shlex.join(["python", "-m", "benchmarks.ablation", *(sys.argv[1:] if arguments is None else arguments)])
         write_records(options.output / "context.json", [{"name": "context", **context(command)}])

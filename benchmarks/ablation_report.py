@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.ablation import CURVE, ROWS, SCORES
+from benchmarks.ablation import CURVE, GUIDED, ROWS, SCORES
 from fvgen.bench.record import read_records, write_records
 from fvgen.utils.errors import UserError
 
@@ -46,9 +46,16 @@ def read_scores(folders: Sequence[Path]) -> dict[str, list[Row]]:
     for folder in folders:
         for score in read_scores_of(folder):
             found.setdefault((score["row"], score["seed"]), score)
-    return {
-        row: [s for (name, _), s in sorted(found.items()) if name == row] for row in LABELS if any(n == row for n, _ in found)
-    }
+    order, rows = list(LABELS), {row for row, _ in found}
+    guided = sorted((row for row in rows if row.startswith(GUIDED)), key=lambda row: float(row.removeprefix(GUIDED)))
+    at = order.index("teacher50") + 1
+    order[at:at] = guided
+    return {row: [s for (name, _), s in sorted(found.items()) if name == row] for row in order if row in rows}
+
+
+def label(row: str) -> str:
+    """Of a row of the table."""
+    return f"{LABELS['teacher50']}, guidance {row.removeprefix(GUIDED)}" if row.startswith(GUIDED) else LABELS[row]
 
 
 def read_scores_of(folder: Path) -> list[Row]:
@@ -91,7 +98,7 @@ def table(scores: dict[str, list[Row]]) -> str:
     heads = ["", "seeds", "PSNR, dB", "covered", "uncovered", "SSIM", "Fréchet", *real]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row, seeds in scores.items():
-        cells = [LABELS[row], str(len(seeds))]
+        cells = [label(row), str(len(seeds))]
         for figure, digits in zip(FIGURES, (2, 2, 2, 4, 4), strict=True):
             mean, deviation = spread([s[figure] for s in seeds])
             cells.append(f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else ""))

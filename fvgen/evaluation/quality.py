@@ -76,7 +76,7 @@ class HeldOutSet:
         for first in range(0, clips, batch):
             seeds = torch.arange(first, min(first + batch, clips), device=device) + HELD_OUT_SEED
             pairs = synthetic_pairs(seeds, (index.height, index.width), index.frames, compile, index.compositor)
-            condition = self.conditioner(pairs.render)
+            condition = self.conditioner(pairs.render, guidance=True)
             truth = (pairs.target[:, 1:-1] * 255).round().byte()
             found = features(truth.flatten(0, 1).float() / 255)
             self._sets.append(_Clips(condition, truth, pairs.coverage[:, 1:-1], found))

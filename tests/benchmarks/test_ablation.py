@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.ablation import CURVE, ROWS, SCORES, Ablation
+from fvgen.bench.model import fill_zeros
 from fvgen.distill.classifier import ClassifierConfig
 from fvgen.distill.parallel import Parallel
 from fvgen.distill.settings import Cadence, default_settings
@@ -21,7 +22,9 @@ def bundle() -> ModelBundle:
     tiny = get_preset("tiny")
     small = {"model_channels": 32, "channel_mult": (1,), "attention_resolutions": (1,)}
     spec = replace(tiny, index=replace(tiny.index, height=32, width=64, frames=4), unet={**tiny.unet, **small})
-    return ModelBundle.random(spec)
+    bundle = ModelBundle.random(spec)
+    fill_zeros(bundle.unet)  # a network that predicts nothing has no guidance
+    return bundle
 
 
 def make(bundle: ModelBundle, output: Path, lr: float, student: ModelBundle | None = None) -> Ablation:
@@ -30,7 +33,7 @@ def make(bundle: ModelBundle, output: Path, lr: float, student: ModelBundle | No
     )
     settings = replace(settings, critic_updates=1, trajectories=2, trajectory_steps=4, warmup=1, lead=0)
     cadence, alone = Cadence(log=1, checkpoint=10**9, keep=1, validate=1), Parallel(0, 1, torch.device("cpu"))
-    return Ablation(bundle, output, settings, (1, 1), 2, 2, Reuse(2, 10**9, 2, 0.0), cadence, alone, {}, student)
+    return Ablation(bundle, output, settings, (1, 1), 2, 2, Reuse(2, 10**9, 2, 0.0), cadence, alone, {}, student, [2.0])
 
 
 def test_without_learning_every_student_is_the_teacher(bundle: ModelBundle, tmp_path: Path) -> None:
@@ -39,12 +42,13 @@ def test_without_learning_every_student_is_the_teacher(bundle: ModelBundle, tmp_
     for row in ROWS:
         ablation.run(row, 3)
     scores = {(s["row"], s["seed"]): s for s in json.loads((tmp_path / SCORES).read_text())}
-    others = ("teacher4", "teacher50", "untrained", "student", "fast", "vae")
+    others = ("teacher4", "teacher50", "teacher50_guidance_2", "untrained", "student", "fast", "vae")
     assert set(scores) == {(r, 3) for r in ROWS} | {(r, 0) for r in others}
     for row in ROWS:
         for key in ("psnr", "ssim", "frechet"):
             assert scores[row, 3][key] == scores["untrained", 0][key]
     assert scores["vae", 0]["psnr"] != scores["untrained", 0]["psnr"]
+    assert scores["teacher50_guidance_2", 0]["psnr"] != scores["teacher50", 0]["psnr"]
     for key in ("psnr", "ssim"):  # the same network by another path; with one resolution nothing is left out in fast mode
         assert scores["student", 0][key] == pytest.approx(scores["untrained", 0][key], rel=1e-3)
         assert scores["fast", 0][key] == pytest.approx(scores["student", 0][key], rel=1e-6)

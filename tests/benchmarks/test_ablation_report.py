@@ -23,11 +23,18 @@ def folder(path: Path, scores: list[dict[str, object]]) -> Path:
 
 def test_seeds_of_several_folders_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = score("teacher50", 0, 20.5)
-    one = folder(tmp_path / "a", [teacher, score("student", 0, 20.25), score("fvgen", 0, 20.0), score("dmd2", 0, 19.0)])
+    guided = [score(f"teacher50_guidance_{w}", 0, 20.0) for w in ("7.5", "12")]
+    one = folder(
+        tmp_path / "a", [*guided[::-1], teacher, score("student", 0, 20.25), score("fvgen", 0, 20.0), score("dmd2", 0, 19.0)]
+    )
     two = folder(tmp_path / "b", [teacher, score("fvgen", 2, 21.0), score("fvgen", 1, 22.0, stopped="too dark")])
     main([str(one), str(two), "--json", str(tmp_path / "r.json")])
     found = {r["name"]: r for r in read_records(tmp_path / "r.json")}
-    assert set(found) == {"tiny_psnr_teacher50", "ablation_fvgen_psnr", "tiny_psnr_student4", "ablation_dmd2_psnr"}
+    assert set(found) == {"tiny_psnr_teacher50", "tiny_psnr_teacher50_guidance_7.5", "tiny_psnr_teacher50_guidance_12"} | {
+        "ablation_fvgen_psnr",
+        "tiny_psnr_student4",
+        "ablation_dmd2_psnr",
+    }
     full = found["ablation_fvgen_psnr"]
     assert full["value"] == full["psnr"] == pytest.approx(21.0)
     assert full["psnr_deviation"] == pytest.approx(1.0)
@@ -38,8 +45,9 @@ def test_seeds_of_several_folders_are_one_row(tmp_path: Path, capsys: pytest.Cap
     assert found["tiny_psnr_student4"]["value"] == pytest.approx(20.25)
     assert "psnr_deviation" not in found["ablation_dmd2_psnr"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6  # heads, rule and four rows, the teacher once
-    assert "| full method | 3 | 21.00 ± 1.00 |" in lines[4]
+    assert len(lines) == 8  # heads, rule and six rows, the teacher once
+    assert lines[3].startswith("| teacher, DDIM, 50 steps, guidance 7.5 | 1 |")
+    assert "| full method | 3 | 21.00 ± 1.00 |" in lines[6]
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
