@@ -221,6 +221,11 @@ def parse_run(text: str) -> tuple[str, int]:
     return row, int(seed)
 
 
+def command_of(arguments: Sequence[str]) -> str:
+    """The command to repeat a measurement, without places on this machine."""
+    return shlex.join(["python", "-m", "benchmarks.ablation", *(Path(word).name or word for word in arguments)])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -275,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             None if options.no_baselines else ModelBundle.from_pretrained(find_model(options.student)).to(device),
             options.guidance,
         )
-        command = shlex.join(["python", "-m", "benchmarks.ablation", *(sys.argv[1:] if arguments is None else arguments)])
+        command = command_of(sys.argv[1:] if arguments is None else arguments)
         write_records(options.output / "context.json", [{"name": "context", **context(command)}])
         if not options.no_baselines:
             ablation.baselines()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ablation import CURVE, ROWS, SCORES, Ablation
+from benchmarks.ablation import CURVE, ROWS, SCORES, Ablation, command_of
 from fvgen.bench.model import fill_zeros
 from fvgen.distill.classifier import ClassifierConfig
 from fvgen.distill.parallel import Parallel
@@ -59,6 +59,11 @@ def test_without_learning_every_student_is_the_teacher(bundle: ModelBundle, tmp_
     again.baselines()
     again.run("fvgen", 3)
     assert (tmp_path / SCORES).read_text() == before
+
+
+def test_the_command_names_no_places() -> None:
+    words = ["/home/me/found", "--real", "scenes/fox/", "0", "7", "--lr", "0.1", "--runs", "fvgen:0"]
+    assert command_of(words) == "python -m benchmarks.ablation found --real fox 0 7 --lr 0.1 --runs fvgen:0"
 
 
 def test_a_second_stage_goes_on_from_the_first(bundle: ModelBundle, tmp_path: Path) -> None:
