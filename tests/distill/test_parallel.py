@@ -52,6 +52,14 @@ def test_two_processes_do_what_one_does(layout: str, single: Path, tmp_path: Pat
     compare(tmp_path, single)
 
 
+def test_more_processes_than_rows(tmp_path: Path) -> None:
+    """The last convolution has two rows of weights, so that the third process holds nothing of it."""
+    run = {**RUN, "settings": replace(TWO, batch=6)}
+    assert in_process(train, tmp_path / "one", **run, iterations=2) == 0
+    assert on_ranks(3, train, tmp_path / "three", **run, layout="shard", iterations=2) == [0, 0, 0]
+    compare(tmp_path / "three", tmp_path / "one")
+
+
 @pytest.mark.multi_gpu
 def test_two_gpus_share_a_run(tmp_path: Path) -> None:
     """With recorded calls: the first update is that of one GPU, and copies of whole networks go on from its checkpoint."""
