@@ -81,7 +81,7 @@ def _distill(arguments: argparse.Namespace, device: str) -> None:
     try:
         finished = distill(settings, options, ModelBundle.from_pretrained(model), parallel)
     finally:
-        forget_graphs()  # also after an error, which refers to them: the process would not end
+        forget_graphs()  # an error still refers to them, and NCCL waits for them
     parallel.stop()
     if parallel.main:
         print(f"run        {options.output}")

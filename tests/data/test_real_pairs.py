@@ -117,6 +117,7 @@ class Knowing:
         made = truth()
         ends = made.cameras[[1, 7]]
         assert cameras is not None
+        # poses are float32 and turned between two conventions; colours are off by half a step of 8 bits, and their own rounding
         torch.testing.assert_close(cameras.world_from_cam, ends.world_from_cam, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(images.rgb, made.rgb[[1, 7]], atol=0.6 / 255, rtol=0)
         points = backproject(made.depth[[1, 7]].double(), ends.K.double(), ends.world_from_cam.double()).float()
